@@ -235,7 +235,8 @@ def _save_student(run: PolicyRun, stage: str, folder: Path, results: dict[str, A
 
 def _card_of(run: PolicyRun, environment: str, taught: str) -> Card:
     """`environment` of the student and `taught` of its teacher."""
-    imports = registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
+    modules = "".join(f"import {module}\n" for module in run.argument("import_module"))
+    imports = modules + registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
     teachers = dict(zip(run.argument("environment"), run.argument("teacher"), strict=True))
     names = [teachers[taught], *run.argument("ensemble_teachers")]
     return Card(

@@ -11,27 +11,32 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode
+from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import maybe_transpose, preprocess_obs
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 from torch.distributions import kl_divergence as kl
 
 from kd.common.export.onnx import OnnxModel, load_program
 from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json
 from kd.reinforcement_learning.data.environments import Environments, to_environment, training_environments
 from kd.reinforcement_learning.data.observations import BoxObservation, box_space, from_box, to_box
 from kd.reinforcement_learning.student_model.evaluation import policy_agreement
 from kd.reinforcement_learning.student_model.matching import joint
-from kd.reinforcement_learning.student_model.ppd import _distribution
+from kd.reinforcement_learning.student_model.ppd import PPD, _distribution
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampled_actions
 from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd_testing.known_answer import KnownAnswerSpaces
-from kd_testing.readmes import run_readme
+from kd_testing.paths import REPO
+from kd_testing.readmes import run_readme, run_readme_alone
 from kd_testing.scripts import run_script
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
@@ -138,7 +143,7 @@ def vectorized(num_envs: int, **kwargs) -> gym.vector.VectorEnv:
 
 
 def original(kind: str, actions: str) -> DummyVecEnv:
-    return DummyVecEnv([lambda: KnownAnswerSpaces(kind, actions)] * 2)
+    return DummyVecEnv([lambda: gym.make(f"{kind}{actions}-v0")] * 2)
 
 
 def sampled(kind: str, rows: int = 30) -> Any:
@@ -154,6 +159,7 @@ def as_box(kind: str, observations: Any) -> torch.Tensor:
 
 
 ALGORITHMS = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "sac": SAC, "td3": TD3}
+ALGORITHMS |= {"trpo": TRPO, "maskable ppo": MaskablePPO, "tqc": TQC, "qrdqn": QRDQN, "crossq": CrossQ}
 POLICY = {"Dict": "MultiInputPolicy", "frames": "CnnPolicy"}
 SMALL = {"net_arch": [16]}
 
@@ -162,8 +168,8 @@ def untrained(
     algorithm: str, kind: str, actions: str, environments: VecEnv | None = None, **kwargs: Any
 ) -> BaseAlgorithm:
     environments = environments or original(kind, actions)
-    kwargs |= {"buffer_size": 10} if algorithm in ("dqn", "sac", "td3") else {}
     chosen: Any = ALGORITHMS[algorithm]
+    kwargs |= {"buffer_size": 10} if issubclass(chosen, OffPolicyAlgorithm) else {}
     return chosen(
         POLICY.get(kind, "MlpPolicy"), environments, policy_kwargs=dict(SMALL), device="cpu", seed=1, **kwargs
     )
@@ -182,6 +188,11 @@ def load(path: Path, kind: str, actions: str, statistics: Path | None = None) ->
         ("a2c", "Dict", "Box"),
         ("sac", "Dict", "Box"),
         ("td3", "Dict", "Box"),
+        ("tqc", "Dict", "Box"),
+        ("crossq", "MultiBinary", "Box"),
+        ("qrdqn", "MultiDiscrete", "Discrete"),
+        ("maskable ppo", "Dict", "MultiDiscrete"),
+        ("trpo", "MultiBinary", "MultiBinary"),
         ("ppo", "frames", "Discrete"),
         *(
             (algorithm, "Dict", actions)
@@ -322,6 +333,22 @@ def test_padding_and_temperature_do_not_change_the_regression_of_logits(loss, ro
     torch.testing.assert_close(found, function(plain[0], plain[1] / 3))
 
 
+@pytest.mark.parametrize("actions", COMPONENTS)
+def test_ppd_without_teacher_weight_is_ppo(actions):
+    """The same weights and entropies as PPO after two rollouts."""
+    id, settings = f"Dict{actions}-v0", {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "ent_coef": 0.1, "seed": 0}
+    ppo = PPO("MlpPolicy", training_environments(id, 2, 0), device="cpu", **settings).learn(64)
+    teacher = PolicyNetwork(PPO("MlpPolicy", training_environments(id, 1, 0), device="cpu").policy)
+    ppd = PPD(
+        "MlpPolicy", training_environments(id, 2, 0), teacher=teacher, teacher_weight=0.0, device="cpu", **settings
+    )
+    ppd.learn(64)
+    for name, value in ppo.policy.state_dict().items():
+        torch.testing.assert_close(value, ppd.policy.state_dict()[name], rtol=0, atol=1e-6)
+    found, expected = (model.logger.name_to_value["train/entropy_loss"] for model in (ppd, ppo))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.usefixtures("onnx_operators_once")
 @pytest.mark.parametrize(
     ("kind", "actions", "format"),
@@ -354,3 +381,56 @@ def test_export_maps_original_observations_to_the_actions_of_predict(kind, actio
     assert len(np.unique(found, axis=0)) > 1
     capsys.readouterr()
     assert run_readme(tmp_path / "export", "stable_baselines3")["actions"].shape == (2, *expected.shape[1:])
+
+
+# Runs
+
+
+SHORT = (
+    "--steps 600 --rounds 2 --updates 60 --episodes 10 --eval_episodes 2 --num_envs 4 --student 16 --report_to none"
+)
+TEACHER = ["--teacher_steps", 512, "--hyperparameters", '{"environments": 4, "n_steps": 32, "batch_size": 32}']
+
+
+def distill(*words: object) -> dict[str, Any]:
+    """The results of a run in the folder `run`."""
+    script = "reinforcement-learning/scripts/distill_policy.py"
+    run_script(script, *SHORT.split(), "--output_dir", "run", *words)
+    return read_json("run/results.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "actions", "words"),
+    [
+        ("Dict", "MultiDiscrete", ["--no_control"]),
+        pytest.param("Dict", "MultiBinary", ["--method", "ppd"], marks=pytest.mark.slow),
+        pytest.param("Dict", "Discrete", ["--codebooks", 4, "--no_control"], marks=pytest.mark.slow),
+        pytest.param("MultiDiscrete", "MultiBinary", ["--loss", "mse", "--no_control"], marks=pytest.mark.slow),
+        pytest.param("MultiBinary", "Box", ["--no_control"], marks=pytest.mark.slow),
+        pytest.param("frames", "MultiDiscrete", ["--channels", 4, 4, 4, "--no_control"], marks=pytest.mark.slow),
+    ],
+)
+def test_student_of_a_run_acts_on_the_original_observations(kind, actions, words, tmp_path, monkeypatch):
+    """In Stable-Baselines3, by the code of its model card, and in evaluate.py."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPO / "tests"))
+    environment, modules = f"{kind}{actions}-v0", ["--import_module", "kd_testing.known_answer"]
+    results = distill("--environment", environment, *modules, *TEACHER, *words)
+    test = results["models"]["student"]["metrics"]["test"]
+    assert 0 < test["agreement"] <= 1 and (test["kl"] >= 0 or actions == "Box")
+    student = PPO.load("run/student/student.zip", original(kind, actions), device="cpu")
+    observations = sampled(kind)
+    acting, _ = student.predict(observations, deterministic=True)
+    assert acting.shape == (30, *student.action_space.shape)
+    agent = load(Path("run/student/student.zip"), kind, actions)
+    ours = to_environment(greedy(agent.network())(as_box(kind, observations)), student.action_space)
+    np.testing.assert_allclose(ours, acting, atol=1e-5)
+    mean, _ = evaluate_policy(student, VecMonitor(original(kind, actions)), n_eval_episodes=80)
+    assert mean == pytest.approx(test["return_mean"], abs=1.5)
+    evaluate = "reinforcement-learning/scripts/evaluate.py"
+    run_script(evaluate, "run", *modules, "--episodes", 10, "--json", "again.json")
+    assert read_json("again.json")["metrics"]["test"]["return_mean"] == pytest.approx(test["return_mean"])
+    if "--method" in words:  # in a new process
+        run_readme_alone(Path("run/student"), f"assert actions.shape == {(1, *acting.shape[1:])}")
+    elif "--codebooks" not in words:
+        assert run_readme(Path("run/student"))["actions"].shape == (1, *acting.shape[1:])
