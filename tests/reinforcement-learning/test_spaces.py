@@ -12,9 +12,10 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode
 from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO
-from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -209,6 +210,27 @@ def test_loaded_policy_acts_as_in_stable_baselines3(algorithm, kind, actions, tm
     expected, _ = model.predict(observations, deterministic=True)
     ours = to_environment(greedy(network)(as_box(kind, observations)), KnownAnswerSpaces.ACTIONS[actions])
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("continuous", [False, True])
+def test_agents_of_goals_act_as_in_stable_baselines3(continuous, tmp_path):
+    """Hindsight experience replay, with Dict observations of a goal."""
+    environment = BitFlippingEnv(n_bits=4, continuous=continuous)
+    chosen: Any = SAC if continuous else DQN
+    kwargs = {
+        "replay_buffer_class": HerReplayBuffer,
+        "buffer_size": 100,
+        "policy_kwargs": dict(SMALL),
+        "device": "cpu",
+    }
+    model = chosen("MultiInputPolicy", environment, **kwargs)
+    model.save(tmp_path / "model.zip")
+    agent = Agent.load(TeacherFiles(tmp_path / "model.zip", None), environment.observation_space, model.action_space)
+    for _ in range(8):
+        observation = environment.observation_space.sample()
+        rows = np.concatenate([observation[key] for key in ("achieved_goal", "desired_goal", "observation")])
+        ours = greedy(agent.network())(torch.as_tensor(rows, dtype=torch.float32)[None])[0]
+        np.testing.assert_allclose(ours, model.predict(observation, deterministic=True)[0], atol=1e-5)
 
 
 def test_statistics_of_keys_are_those_of_vec_normalize(tmp_path):
