@@ -29,7 +29,8 @@ from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.teacher_model import policies
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures, moments
-from kd.reinforcement_learning.teacher_model.policies import ActorCritic, ObservationStatistics, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.networks import ActorCritic
+from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
 from kd.reinforcement_learning.teacher_model.saved_policy import read_model
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher, columns_of_both
