@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.envs.registration import EnvSpec, load_env_creator
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecMonitor
@@ -34,7 +34,7 @@ from kd.reinforcement_learning.data.observations import (
 from kd.reinforcement_learning.data.specs import environment_error, find_spec, time_limit
 from kd.reinforcement_learning.data.wrappers import SeededEpisodes
 
-SUPPORTED = "supported are Discrete (from 0) and bounded one-dimensional Box actions"
+SUPPORTED = "supported are Discrete and MultiDiscrete actions from 0, MultiBinary, and bounded Box of one dimension"
 
 
 def require_single_process() -> None:
@@ -134,7 +134,7 @@ class Environments:
         self.acting = np.ones(self.count, dtype=bool)  # False where the next step ignores the action and restarts
 
     def step(self, actions: np.ndarray) -> Step:
-        """Acts in all environments, (count,) or (count, actions), and updates `observations` and `acting`."""
+        """Acts in all environments, (count,) or (count, components), and updates `observations` and `acting`."""
         actions = np.asarray(actions, dtype=self.vector.action_space.dtype)
         self.observations, rewards, terminated, truncated, infos = self.vector.step(actions)
         if not (np.isfinite(rewards).all() and np.isfinite(self.observations).all()):
@@ -225,13 +225,16 @@ def _unsupported(observation_space: gym.Space, action_space: gym.Space) -> str:
 
 
 def _unsupported_actions(space: gym.Space) -> str:
+    kind = type(space).__name__
     if isinstance(space, Discrete):
         return "" if space.start == 0 else f"Discrete actions from {space.start}"
-    if not isinstance(space, Box):
-        return f"{type(space).__name__} actions"
+    if not isinstance(space, Box | MultiDiscrete | MultiBinary):
+        return f"{kind} actions"
     if len(space.shape) != 1:
-        return f"Box actions of shape {space.shape}"
-    return "" if space.is_bounded() else "unbounded Box actions"
+        return f"{kind} actions of shape {space.shape}"
+    if isinstance(space, MultiDiscrete) and space.start.any():
+        return f"MultiDiscrete actions from {space.start.tolist()}"
+    return "unbounded Box actions" if isinstance(space, Box) and not space.is_bounded() else ""
 
 
 def to_environment(actions: Tensor, space: gym.Space) -> np.ndarray:

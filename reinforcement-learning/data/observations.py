@@ -10,9 +10,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
+from einops import rearrange
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Space
-from gymnasium.spaces.utils import flatten, flatten_space
-from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from gymnasium.spaces.utils import flatten, flatten_space, unflatten
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first, preprocess_obs
+from torch import Tensor
 
 SUPPORTED = "supported are Box, Discrete, MultiDiscrete and MultiBinary observations, and a Dict of vectors"
 FLATTEN = "pass --wrapper gymnasium.wrappers:FlattenObservation"
@@ -81,6 +84,33 @@ def with_box_observations(env: gym.Env) -> gym.Env:
     """Wraps an environment in `BoxObservation` if its observations are of another supported space."""
     space = env.observation_space
     return env if is_box(space) or unsupported_observations(space) else BoxObservation(env)
+
+
+def to_box(observations: Tensor | dict[str, Tensor], space: Space) -> Tensor:
+    """Converts a batch of observations, those of a Dict by key, as `BoxObservation` does: (batch, ...)."""
+    if isinstance(space, Dict):
+        assert isinstance(observations, dict)
+        return torch.cat([_vectors(part, space[key]) for key, part in observations.items()], 1)
+    assert isinstance(observations, Tensor)
+    if not isinstance(space, Box):
+        return _vectors(observations, space)
+    return rearrange(observations, "batch h w c -> batch c h w") if _has_channels_last(space) else observations
+
+
+def _vectors(observations: Tensor, space: Space) -> Tensor:
+    vectors = preprocess_obs(observations, space)
+    assert isinstance(vectors, Tensor)
+    return rearrange(vectors, "batch ... -> batch (...)")
+
+
+def from_box(rows: np.ndarray, space: Space) -> np.ndarray | dict[str, np.ndarray]:
+    """The inverse of `to_box`: observations of a space, in its dtype, from rows (batch, ...)."""
+    if isinstance(space, Box):
+        return np.ascontiguousarray(np.moveaxis(rows, 1, -1)) if _has_channels_last(space) else rows
+    found = [unflatten(space, row) for row in rows]
+    return (
+        {key: np.stack([one[key] for one in found]) for key in space} if isinstance(space, Dict) else np.stack(found)
+    )
 
 
 def is_box(space: Space) -> bool:

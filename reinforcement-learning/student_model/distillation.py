@@ -226,7 +226,7 @@ class Distillation:
 
     def behaviour_cloning(self) -> Agents:
         """Trains a baseline: the teacher is the rollout policy, and its greedy actions are the targets."""
-        discrete = all(isinstance(spec.teacher.agent.policy.action_space, spaces.Discrete) for spec in self.specs)
+        discrete = not any(isinstance(spec.teacher.agent.policy.action_space, spaces.Box) for spec in self.specs)
         args = replace(
             self.args,
             rollout_policy="teacher",

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from kd.common import losses
 from kd.common.metrics.cost import cost
-from kd.common.metrics.quality import agreement, chance_warning, normalized_return, return_metrics
+from kd.common.metrics.quality import chance_warning, normalized_return, return_metrics
 from kd.common.metrics.verdict import Measurement, is_constant, measure_mean
 from kd.common.outputs import EnsembleTeacher, Outputs
 from kd.common.reporting.model_card import Card, model_card
@@ -21,9 +21,18 @@ from kd.common.reporting.origins import CARD
 from kd.common.reporting.report import write_report
 from kd.common.utils.files import write_text, writing_folder
 from kd.reinforcement_learning.data.environment_ids import view
-from kd.reinforcement_learning.data.rollouts import TEST_SEED, Episodes, play_in, predict, random_actions, returns_of
+from kd.reinforcement_learning.data.rollouts import (
+    TEST_SEED,
+    Episodes,
+    play_in,
+    predict,
+    random_actions,
+    returns_of,
+    to_outputs,
+)
 from kd.reinforcement_learning.data.specs import environment_code, fingerprint, registration_code
-from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
+from kd.reinforcement_learning.student_model.matching import joint, same_actions
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, greedy_actions, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent
@@ -76,8 +85,7 @@ def evaluate(
         states = observations[torch.randperm(len(observations), generator=generator)[:STATES]]
         outputs, space = predict(network, states), agents[0].policy.action_space
         metrics |= policy_agreement(outputs, predict(teacher, states), space)
-        discrete = isinstance(space, spaces.Discrete)
-        constant = is_constant((outputs["logits"].argmax(1) if discrete else outputs["mean"]).numpy())
+        constant = is_constant(greedy_actions(to_outputs(outputs)).numpy())
     entry = {
         "name": " + ".join(agent.name for agent in agents),
         "observation_statistics": " + ".join(agent.source for agent in agents),
@@ -102,14 +110,13 @@ def actor_parameters(network: nn.Module, observations: Tensor) -> int:
 
 def policy_agreement(student: dict[str, Tensor], teacher: dict[str, Tensor], space: spaces.Space) -> dict[str, float]:
     """Compares the outputs of `predict` for the same states. `agreement` is the share of states with the same greedy
-    action or, for Box actions, 1 - mean |difference| / range. `kl` is KL(teacher || student) if both have a
-    distribution.
+    action, in all components, or, for Box actions, 1 - mean |difference| / range. `kl` is KL(teacher || student) if
+    both have a distribution.
     """
-    if isinstance(space, spaces.Discrete):
-        divergence = losses.soft_target_kl(student["logits"], teacher["logits"])
-        same = agreement(student["logits"].numpy(), teacher["logits"].numpy())
-        return {"agreement": same, "kl": divergence.item()}
-    assert isinstance(space, spaces.Box)
+    if not isinstance(space, spaces.Box):
+        divergence = joint("kl", student["logits"], teacher["logits"])
+        same = same_actions(student["logits"].argmax(-1), teacher["logits"].argmax(-1))
+        return {"agreement": same.float().mean().item(), "kl": divergence.item()}
     student_actions, teacher_actions = (
         np.clip(outputs["mean"].numpy(), space.low, space.high) for outputs in (student, teacher)
     )
@@ -228,7 +235,8 @@ def _save_student(run: PolicyRun, stage: str, folder: Path, results: dict[str, A
 
 def _card_of(run: PolicyRun, environment: str, taught: str) -> Card:
     """`environment` of the student and `taught` of its teacher."""
-    imports = registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
+    modules = "".join(f"import {module}\n" for module in run.argument("import_module"))
+    imports = modules + registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
     teachers = dict(zip(run.argument("environment"), run.argument("teacher"), strict=True))
     names = [teachers[taught], *run.argument("ensemble_teachers")]
     return Card(

@@ -1,5 +1,7 @@
 """The objective of policy distillation: losses between the actions and values of student and teacher."""
 
+from functools import partial
+
 import torch
 from einops import rearrange
 from gymnasium import spaces
@@ -11,21 +13,40 @@ from kd.common.objective import FeatureLoss, FeatureTerm, Term, logit_term
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.student_model.arguments import Loss
+from kd.reinforcement_learning.teacher_model.networks import PADDING
 from kd.reinforcement_learning.teacher_model.policies import greedy_actions
 
 
 def policy_and_value(loss: Loss, value_weight: float, value_std: float, action_space: spaces.Space) -> Method:
     """A loss of the actions, plus the squared error of the values in units of the teacher's standard deviation
-    (`value_std`). A `value_weight` of zero supports a teacher without values. The agreement of discrete actions is
+    (`value_std`). A `value_weight` of zero supports a teacher without values. The agreement of actions with logits is
     logged.
     """
     value = FeatureTerm("value", "value", losses.regression_mse)
-    discrete = isinstance(action_space, spaces.Discrete)
-    policy = logit_term(LOSSES[loss]) if discrete else gaussian_term(loss)
+    discrete = not isinstance(action_space, spaces.Box)
+    policy = logit_term(partial(joint, loss)) if discrete else gaussian_term(loss)
     return Method(
         {"policy": (1.0, policy), "value": (value_weight / value_std**2, value)},
         watched={"agreement": _agreement} if discrete else {},
     )
+
+
+def joint(loss: Loss, student: Tensor, teacher: Tensor) -> Tensor:
+    """A loss of logits (batch, actions), or (batch, components, categories) of independent components: kl and nll of
+    the joint distribution, which are sums over the components; mse and huber averaged over all logits.
+    """
+    if student.dim() == 2:
+        return LOSSES[loss](student, teacher)
+    if loss in ("mse", "huber"):
+        exists = student > PADDING / 2
+        return LOSSES[loss](student[exists], teacher[exists])
+    rows = "batch component category -> (batch component) category"
+    return student.shape[1] * LOSSES[loss](rearrange(student, rows), rearrange(teacher, rows))
+
+
+def same_actions(student: Tensor, teacher: Tensor) -> Tensor:
+    """Which of the actions (batch,) or (batch, components) are equal in all components: (batch,) bool."""
+    return rearrange(student == teacher, "batch ... -> batch (...)").all(1)
 
 
 def gaussian_term(loss: Loss) -> Term:
@@ -47,7 +68,7 @@ def gaussian_term(loss: Loss) -> Term:
 
 def check_loss(loss: Loss, action_space: spaces.Space, deterministic_teacher: bool = False) -> None:
     """Raises UserError if the actions or the teacher do not support the loss."""
-    if loss == "nll" and not isinstance(action_space, spaces.Discrete):
+    if loss == "nll" and isinstance(action_space, spaces.Box):
         raise UserError("--loss nll needs discrete actions: pass --loss kl, mse or huber for continuous actions")
     if loss == "kl" and deterministic_teacher:
         raise UserError(
@@ -62,7 +83,7 @@ def _huber(student: Tensor, teacher: Tensor) -> Tensor:
 def _agreement(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
     """Share of the batch with equal greedy actions."""
     assert teacher is not None
-    return (greedy_actions(student) == greedy_actions(teacher)).float().mean()
+    return same_actions(greedy_actions(student), greedy_actions(teacher)).float().mean()
 
 
 LOSSES: dict[Loss, FeatureLoss] = {  # the temperature of the teacher is in its logits already

@@ -19,11 +19,12 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
 from kd.common.outputs import Outputs
 from kd.reinforcement_learning.data.rollouts import predict, to_outputs
 from kd.reinforcement_learning.student_model.student import StudentSpec
+from kd.reinforcement_learning.teacher_model.networks import ActorCritic
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
@@ -112,9 +113,9 @@ class PPD(PPO):
         return True
 
     def _loss(self, samples: DistillationSamples) -> tuple[Tensor, dict[str, Tensor]]:
-        discrete = isinstance(self.action_space, spaces.Discrete)
-        distribution = self.policy.get_distribution(samples.observations)
-        actions = samples.actions.long().flatten() if discrete else samples.actions
+        outputs: Outputs = ActorCritic(self.policy)(samples.observations)
+        distribution = _distribution(outputs)
+        actions = samples.actions.flatten() if isinstance(self.action_space, spaces.Discrete) else samples.actions
         log_ratio = distribution.log_prob(actions) - samples.old_log_prob  # (batch,)
         ratio, clip = log_ratio.exp(), self._now(self.clip_range)
         clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -123,22 +124,19 @@ class PPD(PPO):
         if self.normalize_advantage and len(advantages) > 1:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         reward = torch.min(ratio * advantages, clipped * advantages).mean()
-        value = self._value_loss(samples)
-        divergence = kl_divergence(_distribution(samples.teacher), distribution.distribution)  # type: ignore[arg-type]
-        divergence = divergence if discrete else divergence.sum(-1)  # (batch,)
+        value = self._value_loss(samples, (outputs.features or {})["value"])
+        divergence = kl_divergence(_distribution(samples.teacher), distribution)  # (batch,)
         distillation = (torch.max(ratio, clipped) * divergence).mean()
-        entropy = distribution.entropy()
-        assert entropy is not None  # of a categorical or Gaussian distribution
+        entropy = distribution.entropy().mean()
         remaining = max(0.0, self._current_progress_remaining)  # negative in a rollout that ends after the last step
-        loss = -reward + self.vf_coef * value - self.ent_coef * entropy.mean()
+        loss = -reward + self.vf_coef * value - self.ent_coef * entropy
         loss = loss + self.teacher_weight * remaining * distillation
         parts = {"policy_gradient_loss": -reward, "value_loss": value, "distillation_loss": distillation, "loss": loss}
-        parts |= {"entropy_loss": -entropy.mean(), "approx_kl": (ratio - 1 - log_ratio).mean()}
+        parts |= {"entropy_loss": -entropy, "approx_kl": (ratio - 1 - log_ratio).mean()}
         parts["clip_fraction"] = ((ratio - 1).abs() > clip).float().mean()
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _value_loss(self, samples: DistillationSamples) -> Tensor:
-        values = self.policy.predict_values(samples.observations).flatten()
+    def _value_loss(self, samples: DistillationSamples, values: Tensor) -> Tensor:
         if self.clip_range_vf is not None:
             clip = self._now(self.clip_range_vf)
             values = samples.old_values + (values - samples.old_values).clamp(-clip, clip)
@@ -150,10 +148,14 @@ class PPD(PPO):
 
 
 def _distribution(outputs: Outputs) -> Distribution:
+    """The distribution of a batch of actions, whose components are independent."""
     if outputs.logits is not None:
-        return Categorical(logits=outputs.logits, validate_args=False)
+        categories = Categorical(logits=outputs.logits, validate_args=False)
+        return Independent(categories, outputs.logits.dim() - 2, validate_args=False)
     features = outputs.features or {}
-    return Normal(features["mean"], features["log_std"].exp(), validate_args=False)
+    return Independent(
+        Normal(features["mean"], features["log_std"].exp(), validate_args=False), 1, validate_args=False
+    )
 
 
 def ppd_environments(spec: StudentSpec, seed: int) -> tuple[VecEnv, PolicyNetwork]:

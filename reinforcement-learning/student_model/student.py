@@ -29,7 +29,8 @@ from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.teacher_model import policies
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures, moments
-from kd.reinforcement_learning.teacher_model.policies import ActorCritic, ObservationStatistics, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.networks import ActorCritic
+from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
 from kd.reinforcement_learning.teacher_model.saved_policy import read_model
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher, columns_of_both
@@ -148,8 +149,8 @@ def validate_student(args: StudentArguments, environment: str, observations: spa
 class StudentNetwork(PolicyNetwork):
     """The student during distillation: its value is value_std * output of the value network + value_mean.
 
-    Observations are standardized with the teacher's statistics, if any; those of a student that observes otherwise
-    (`columns`), unless they are frames, with their mean and standard deviation in the first round. Unlike VecNormalize
+    Vectors are standardized with the teacher's statistics. If it has none, or if the student observes otherwise
+    (`columns`), they are standardized with their mean and standard deviation in the first round. Unlike VecNormalize
     it does not clip observations, because clipping cannot be folded into a layer.
     """
 

@@ -122,6 +122,16 @@ class KnownAnswerSpaces(_Questions):
         return float(1 - (error if self.actions == "Box" else error > 0).mean())
 
 
-for _class in KnownAnswer, KnownAnswerBox, KnownAnswerSpaces:
-    if (_id := f"{_class.__name__}-v0") not in gym.registry:
-        gym.register(_id, f"{__name__}:{_class.__name__}", max_episode_steps=10)
+_SPACES = [(kind, actions) for kind in KnownAnswerSpaces.OBSERVATIONS for actions in KnownAnswerSpaces.ACTIONS]
+_ENVIRONMENTS: dict[str, tuple[type[gym.Env], dict[str, str]]] = {  # id -> class, arguments
+    "KnownAnswer-v0": (KnownAnswer, {}),
+    "KnownAnswerBox-v0": (KnownAnswerBox, {}),
+    "KnownAnswerSpaces-v0": (KnownAnswerSpaces, {}),
+    **{
+        f"{kind}{actions}-v0": (KnownAnswerSpaces, {"observations": kind, "actions": actions})
+        for kind, actions in _SPACES
+    },
+}
+for _id, (_class, _arguments) in _ENVIRONMENTS.items():
+    if _id not in gym.registry:
+        gym.register(_id, f"{__name__}:{_class.__name__}", max_episode_steps=10, kwargs=_arguments)

@@ -322,3 +322,12 @@ def test_sampling_does_not_use_the_global_generator():
     torch.set_rng_state(state)
     sampling(Expert(True), torch.Generator().manual_seed(0))(torch.zeros(4, 4))
     assert torch.equal(torch.rand(1), before)
+
+
+def test_a_share_of_the_environments_collects_with_greedy_actions(tmp_path):
+    one = task("CartPole-v1", PolicyNetwork(model("CartPole-v1", [8]).policy), model("CartPole-v1", [8], seed=1))
+    distiller = Distiller([one], arguments(greedy_share=0.5), tmp_path, 0)
+    act, rows = distiller._rollout_policy(one, 1), torch.randn(4, 4)
+    actions = torch.stack([act(rows) for _ in range(100)])  # (draws, environments)
+    assert (actions[:, :2] == greedy(one.student)(rows[:2])).all()
+    assert (actions[:, 2:].float().std(0) > 0).all(), "the others sample"

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiDiscrete, Sequence, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Tuple
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -446,7 +446,9 @@ def test_unsupported_observations_raise_an_error(space, fault, monkeypatch):
 @pytest.mark.parametrize(
     ("space", "fault"),
     [
-        (MultiDiscrete([2, 3]), "MultiDiscrete actions"),
+        (Dict({"a": Discrete(2)}), "Dict actions"),
+        (MultiDiscrete([2, 3], start=[0, 1]), "MultiDiscrete actions from [0, 1]"),
+        (MultiBinary([2, 3]), "MultiBinary actions of shape (2, 3)"),
         (Discrete(3, start=1), "Discrete actions from 1"),
         (Box(-np.inf, 1, (2,)), "unbounded Box actions"),
         (Box(-1, 1, (2, 2)), "Box actions of shape (2, 2)"),

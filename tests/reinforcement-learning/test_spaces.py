@@ -11,19 +11,33 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode
+from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import maybe_transpose, preprocess_obs
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from torch.distributions import kl_divergence as kl
 
+from kd.common.export.onnx import OnnxModel, load_program
 from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json
 from kd.reinforcement_learning.data.environments import Environments, to_environment, training_environments
-from kd.reinforcement_learning.data.observations import BoxObservation, box_space
+from kd.reinforcement_learning.data.observations import BoxObservation, box_space, from_box, to_box
+from kd.reinforcement_learning.student_model.evaluation import policy_agreement
+from kd.reinforcement_learning.student_model.matching import joint
+from kd.reinforcement_learning.student_model.ppd import PPD, _distribution
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles
-from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampled_actions
 from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd_testing.known_answer import KnownAnswerSpaces
+from kd_testing.paths import REPO
+from kd_testing.readmes import run_readme, run_readme_alone
+from kd_testing.scripts import run_script
 
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 SPACES = KnownAnswerSpaces.OBSERVATIONS
@@ -41,16 +55,16 @@ def extracted(space: gym.Space, observations) -> np.ndarray:
     return extractor(preprocess_obs(batch, space)).numpy()
 
 
-def twins(id: str, count: int, mode: AutoresetMode, **kwargs) -> tuple[Environments, gym.vector.VectorEnv]:
+def twins(id: str, count: int, mode: AutoresetMode) -> tuple[Environments, gym.vector.VectorEnv]:
     """Our environments, and the original ones with the same seeds."""
-    original = gym.make_vec(id, count, "sync", {"autoreset_mode": mode}, **kwargs)
-    return Environments(id, count, 7, autoreset=mode, **kwargs), original
+    original = gym.make_vec(id, count, "sync", {"autoreset_mode": mode})
+    return Environments(id, count, 7, autoreset=mode), original
 
 
 @pytest.mark.parametrize("mode", [NEXT_STEP, SAME_STEP])
 @pytest.mark.parametrize("kind", VECTORS)
 def test_vectors_are_those_of_stable_baselines3(kind, mode):
-    environments, original = twins("KnownAnswerSpaces-v0", 3, mode, observations=kind, actions="Discrete")
+    environments, original = twins(f"{kind}Discrete-v0", 3, mode)
     observations, _ = original.reset(seed=7)
     assert environments.original_space == original.single_observation_space == SPACES[kind]
     space = environments.observation_space
@@ -86,7 +100,7 @@ def test_tuple_observations_are_flattened_by_the_wrapper_that_the_error_names():
 
 
 def test_frames_with_channels_last():
-    environments, original = twins("KnownAnswerSpaces-v0", 2, SAME_STEP, observations="frames", actions="Discrete")
+    environments, original = twins("framesDiscrete-v0", 2, SAME_STEP)
     observations, _ = original.reset(seed=7)
     assert environments.observation_space == Box(0, 255, (3, 40, 36), np.uint8)
     for _ in range(10):
@@ -99,25 +113,42 @@ def test_frames_with_channels_last():
     np.testing.assert_array_equal(step.final_observations, final)
 
 
+@pytest.mark.parametrize("kind", SPACES)
+def test_batches_are_converted_and_back(kind):
+    observations = sampled(kind)
+    tensors = (
+        {key: torch.as_tensor(part) for key, part in observations.items()}
+        if isinstance(observations, dict)
+        else torch.as_tensor(observations)
+    )
+    rows = to_box(tensors, SPACES[kind])
+    torch.testing.assert_close(rows, as_box(kind, observations), rtol=0, atol=0)
+    again = from_box(rows.numpy(), SPACES[kind])
+    pairs = [(again, observations)] if kind != "Dict" else [(again[key], observations[key]) for key in SPACES[kind]]
+    for found, expected in pairs:
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert found.dtype == expected.dtype
+
+
 def test_vector_entry_point_with_other_observations_is_not_used(monkeypatch):
-    monkeypatch.setattr(gym.registry["KnownAnswerSpaces-v0"], "vector_entry_point", vectorized)
-    assert isinstance(Environments("KnownAnswerSpaces-v0", 2, actions="Discrete").vector.envs[0], BoxObservation)
+    monkeypatch.setattr(gym.registry["DictDiscrete-v0"], "vector_entry_point", vectorized)
+    assert isinstance(Environments("DictDiscrete-v0", 2).vector.envs[0], BoxObservation)
 
 
 def vectorized(num_envs: int, **kwargs) -> gym.vector.VectorEnv:
-    return gym.vector.SyncVectorEnv([KnownAnswerSpaces] * num_envs)
+    return gym.vector.SyncVectorEnv([lambda: KnownAnswerSpaces("Dict", "Discrete")] * num_envs)
 
 
 # Policies of Stable-Baselines3
 
 
 def original(kind: str, actions: str) -> DummyVecEnv:
-    return DummyVecEnv([lambda: KnownAnswerSpaces(kind, actions)] * 2)
+    return DummyVecEnv([lambda: gym.make(f"{kind}{actions}-v0")] * 2)
 
 
 def sampled(kind: str, rows: int = 30) -> Any:
     """A batch of observations of the original environment."""
-    environment = gym.make_vec("KnownAnswerSpaces-v0", rows, "sync", observations=kind)
+    environment = gym.make_vec(f"{kind}Discrete-v0", rows, "sync")
     return environment.reset(seed=5)[0]
 
 
@@ -128,6 +159,7 @@ def as_box(kind: str, observations: Any) -> torch.Tensor:
 
 
 ALGORITHMS = {"ppo": PPO, "a2c": A2C, "dqn": DQN, "sac": SAC, "td3": TD3}
+ALGORITHMS |= {"trpo": TRPO, "maskable ppo": MaskablePPO, "tqc": TQC, "qrdqn": QRDQN, "crossq": CrossQ}
 POLICY = {"Dict": "MultiInputPolicy", "frames": "CnnPolicy"}
 SMALL = {"net_arch": [16]}
 
@@ -136,8 +168,8 @@ def untrained(
     algorithm: str, kind: str, actions: str, environments: VecEnv | None = None, **kwargs: Any
 ) -> BaseAlgorithm:
     environments = environments or original(kind, actions)
-    kwargs |= {"buffer_size": 10} if algorithm in ("dqn", "sac", "td3") else {}
     chosen: Any = ALGORITHMS[algorithm]
+    kwargs |= {"buffer_size": 10} if issubclass(chosen, OffPolicyAlgorithm) else {}
     return chosen(
         POLICY.get(kind, "MlpPolicy"), environments, policy_kwargs=dict(SMALL), device="cpu", seed=1, **kwargs
     )
@@ -156,7 +188,17 @@ def load(path: Path, kind: str, actions: str, statistics: Path | None = None) ->
         ("a2c", "Dict", "Box"),
         ("sac", "Dict", "Box"),
         ("td3", "Dict", "Box"),
+        ("tqc", "Dict", "Box"),
+        ("crossq", "MultiBinary", "Box"),
+        ("qrdqn", "MultiDiscrete", "Discrete"),
+        ("maskable ppo", "Dict", "MultiDiscrete"),
+        ("trpo", "MultiBinary", "MultiBinary"),
         ("ppo", "frames", "Discrete"),
+        *(
+            (algorithm, "Dict", actions)
+            for algorithm in ("ppo", "a2c")
+            for actions in ("MultiDiscrete", "MultiBinary")
+        ),
     ],
 )
 def test_loaded_policy_acts_as_in_stable_baselines3(algorithm, kind, actions, tmp_path):
@@ -202,8 +244,7 @@ def test_agent_of_other_keys_raises_an_error(tmp_path):
 @pytest.mark.parametrize("kind", SPACES)
 def test_saved_models_act_on_the_original_observations(kind, tmp_path):
     """Also after the training here, and after another one in Stable-Baselines3."""
-    id = f'KnownAnswerSpaces-v0{{"observations": "{kind}", "actions": "Discrete"}}'
-    environments = training_environments(id, 2, 0)
+    environments = training_environments(f"{kind}Discrete-v0", 2, 0)
     kwargs = {"n_steps": 8, "batch_size": 8, "n_epochs": 1}
     policy = "CnnPolicy" if kind == "frames" else "MlpPolicy"
     model = PPO(policy, environments, policy_kwargs=dict(SMALL), device="cpu", seed=0, **kwargs)
@@ -220,3 +261,176 @@ def test_saved_models_act_on_the_original_observations(kind, tmp_path):
     before = loaded.policy.state_dict()["action_net.weight"].clone()
     loaded.learn(16)
     assert not torch.equal(loaded.policy.state_dict()["action_net.weight"], before)
+
+
+# Actions of several components
+
+
+COMPONENTS = ("MultiDiscrete", "MultiBinary")
+
+
+def policies(actions: str, *seeds: int) -> list[ActorCriticPolicy]:
+    """Untrained policies with clear preferences."""
+    space = KnownAnswerSpaces.ACTIONS[actions]
+    found = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        policy = ActorCriticPolicy(box_space(SPACES["Discrete"]), space, lambda _: 0.0)
+        torch.nn.init.normal_(policy.action_net.get_parameter("weight"))
+        found.append(policy)
+    return found
+
+
+@pytest.fixture
+def rows() -> torch.Tensor:
+    return torch.eye(6).repeat(5, 1) + torch.randn(30, 6, generator=torch.Generator().manual_seed(0)) / 4
+
+
+@pytest.mark.parametrize("actions", COMPONENTS)
+def test_distribution_is_that_of_stable_baselines3(actions, rows):
+    """Probabilities, entropy and KL of the joint distribution."""
+    first, second = policies(actions, 0, 1)
+    ours, other = (PolicyNetwork(policy)(rows) for policy in (first, second))
+    theirs, their_other = (policy.get_distribution(rows) for policy in (first, second))
+    sampled = theirs.sample()
+    with torch.no_grad():
+        torch.testing.assert_close(_distribution(ours).log_prob(sampled), theirs.log_prob(sampled))
+        torch.testing.assert_close(_distribution(ours).entropy(), theirs.entropy())
+        expected = kl_divergence(their_other, theirs)
+        expected = expected if expected.dim() == 1 else expected.sum(-1)
+        torch.testing.assert_close(kl(_distribution(other), _distribution(ours)), expected)
+        torch.testing.assert_close(joint("kl", ours.logits, other.logits), expected.mean())
+        greedy_ones = their_other.mode()
+        torch.testing.assert_close(joint("nll", ours.logits, other.logits), -theirs.log_prob(greedy_ones).mean())
+        same = (first._predict(rows, True) == greedy_ones).all(1).float().mean()
+    metrics = policy_agreement(*({"logits": outputs.logits.detach()} for outputs in (ours, other)), first.action_space)
+    assert metrics == pytest.approx({"agreement": same.item(), "kl": expected.mean().item()})
+    assert 0 < same < 1
+
+
+@pytest.mark.parametrize("actions", COMPONENTS)
+def test_sampled_actions_have_the_probabilities_of_the_components(actions, rows):
+    (policy,) = policies(actions, 0)
+    outputs = PolicyNetwork(policy)(rows[:1].repeat(20_000, 1))
+    found = sampled_actions(outputs, torch.Generator().manual_seed(0))
+    expected = policy.get_distribution(rows[:1])
+    assert len(np.unique(found.numpy(), axis=0)) > 3
+    for action in KnownAnswerSpaces.ACTIONS[actions].sample()[None], *found[:3, None].numpy():
+        share = (found == torch.as_tensor(action)).all(1).float().mean()
+        probability = expected.log_prob(torch.as_tensor(action).float()).exp()[0]
+        assert share == pytest.approx(probability.item(), abs=0.015)
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+def test_padding_and_temperature_do_not_change_the_regression_of_logits(loss, rows):
+    """Components have 3 and 2 categories."""
+    first, second = policies("MultiDiscrete", 0, 1)
+    teacher = PolicyNetwork(second)
+    teacher.temperature = 3.0
+    found = joint(loss, PolicyNetwork(first)(rows).logits, teacher(rows).logits)
+    plain = [policy.action_net(policy.mlp_extractor.forward_actor(rows)) for policy in (first, second)]
+    function = torch.nn.functional.mse_loss if loss == "mse" else torch.nn.functional.huber_loss
+    torch.testing.assert_close(found, function(plain[0], plain[1] / 3))
+
+
+@pytest.mark.parametrize("actions", COMPONENTS)
+def test_ppd_without_teacher_weight_is_ppo(actions):
+    """The same weights and entropies as PPO after two rollouts."""
+    id, settings = f"Dict{actions}-v0", {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "ent_coef": 0.1, "seed": 0}
+    ppo = PPO("MlpPolicy", training_environments(id, 2, 0), device="cpu", **settings).learn(64)
+    teacher = PolicyNetwork(PPO("MlpPolicy", training_environments(id, 1, 0), device="cpu").policy)
+    ppd = PPD(
+        "MlpPolicy", training_environments(id, 2, 0), teacher=teacher, teacher_weight=0.0, device="cpu", **settings
+    )
+    ppd.learn(64)
+    for name, value in ppo.policy.state_dict().items():
+        torch.testing.assert_close(value, ppd.policy.state_dict()[name], rtol=0, atol=1e-6)
+    found, expected = (model.logger.name_to_value["train/entropy_loss"] for model in (ppd, ppo))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.usefixtures("onnx_operators_once")
+@pytest.mark.parametrize(
+    ("kind", "actions", "format"),
+    [
+        ("Dict", "MultiDiscrete", "onnx"),
+        ("Discrete", "MultiBinary", "onnx"),
+        pytest.param("MultiDiscrete", "Discrete", "onnx", marks=pytest.mark.slow),
+        pytest.param("MultiBinary", "Box", "onnx", marks=pytest.mark.slow),
+        pytest.param("frames", "Discrete", "onnx", marks=pytest.mark.slow),
+        pytest.param("Dict", "MultiBinary", "torch.export", marks=pytest.mark.slow),
+        pytest.param("Discrete", "MultiDiscrete", "torch.export", marks=pytest.mark.slow),
+    ],
+)
+def test_export_maps_original_observations_to_the_actions_of_predict(kind, actions, format, tmp_path, capsys):
+    model = untrained("ppo", kind, actions)
+    torch.nn.init.normal_(model.policy.action_net.weight)
+    model.save(tmp_path / "model.zip")
+    task = f"kd_testing.known_answer:{kind}{actions}-v0"
+    words = ["--domain", "reinforcement-learning", "--task", task, "--format", format]
+    run_script("common/export/__main__.py", tmp_path / "model.zip", *words)
+    observations = sampled(kind)
+    named = observations if kind == "Dict" else {"observations": observations}
+    tensors = {name: torch.as_tensor(part) for name, part in named.items()}
+    if format == "onnx":
+        found = OnnxModel(tmp_path / "export" / "model.onnx").predict(**tensors).numpy()
+    else:
+        found = load_program(tmp_path / "export" / "model.pt2")(*tensors.values()).detach().numpy()
+    expected = model.predict(observations, deterministic=True)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert len(np.unique(found, axis=0)) > 1
+    capsys.readouterr()
+    assert run_readme(tmp_path / "export", "stable_baselines3")["actions"].shape == (2, *expected.shape[1:])
+
+
+# Runs
+
+
+SHORT = (
+    "--steps 600 --rounds 2 --updates 60 --episodes 10 --eval_episodes 2 --num_envs 4 --student 16 --report_to none"
+)
+TEACHER = ["--teacher_steps", 512, "--hyperparameters", '{"environments": 4, "n_steps": 32, "batch_size": 32}']
+
+
+def distill(*words: object) -> dict[str, Any]:
+    """The results of a run in the folder `run`."""
+    script = "reinforcement-learning/scripts/distill_policy.py"
+    run_script(script, *SHORT.split(), "--output_dir", "run", *words)
+    return read_json("run/results.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "actions", "words"),
+    [
+        ("Dict", "MultiDiscrete", ["--no_control"]),
+        pytest.param("Dict", "MultiBinary", ["--method", "ppd"], marks=pytest.mark.slow),
+        pytest.param("Dict", "Discrete", ["--codebooks", 4, "--no_control"], marks=pytest.mark.slow),
+        pytest.param("MultiDiscrete", "MultiBinary", ["--loss", "mse", "--no_control"], marks=pytest.mark.slow),
+        pytest.param("MultiBinary", "Box", ["--no_control"], marks=pytest.mark.slow),
+        pytest.param("frames", "MultiDiscrete", ["--channels", 4, 4, 4, "--no_control"], marks=pytest.mark.slow),
+    ],
+)
+def test_student_of_a_run_acts_on_the_original_observations(kind, actions, words, tmp_path, monkeypatch):
+    """In Stable-Baselines3, by the code of its model card, and in evaluate.py."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPO / "tests"))
+    environment, modules = f"{kind}{actions}-v0", ["--import_module", "kd_testing.known_answer"]
+    results = distill("--environment", environment, *modules, *TEACHER, *words)
+    test = results["models"]["student"]["metrics"]["test"]
+    assert 0 < test["agreement"] <= 1 and (test["kl"] >= 0 or actions == "Box")
+    student = PPO.load("run/student/student.zip", original(kind, actions), device="cpu")
+    observations = sampled(kind)
+    acting, _ = student.predict(observations, deterministic=True)
+    assert acting.shape == (30, *student.action_space.shape)
+    agent = load(Path("run/student/student.zip"), kind, actions)
+    ours = to_environment(greedy(agent.network())(as_box(kind, observations)), student.action_space)
+    np.testing.assert_allclose(ours, acting, atol=1e-5)
+    mean, _ = evaluate_policy(student, VecMonitor(original(kind, actions)), n_eval_episodes=80)
+    assert mean == pytest.approx(test["return_mean"], abs=1.5)
+    evaluate = "reinforcement-learning/scripts/evaluate.py"
+    run_script(evaluate, "run", *modules, "--episodes", 10, "--json", "again.json")
+    assert read_json("again.json")["metrics"]["test"]["return_mean"] == pytest.approx(test["return_mean"])
+    if "--method" in words:  # in a new process
+        run_readme_alone(Path("run/student"), f"assert actions.shape == {(1, *acting.shape[1:])}")
+    elif "--codebooks" not in words:
+        assert run_readme(Path("run/student"))["actions"].shape == (1, *acting.shape[1:])

@@ -127,7 +127,9 @@ def test_wrapper_errors_name_the_cure(tmp_path: Path, monkeypatch: pytest.Monkey
             Environments(id, 1)
         return str(caught.value)
 
-    assert "unknown wrapper time_features: pass time_feature, frame_stack or" in error_of("CartPole-v1+time_features")
+    assert "unknown wrapper time_features: pass time_feature, frame_stack, select or" in error_of(
+        "CartPole-v1+time_features"
+    )
     assert "no module nowhere_at_all" in error_of("CartPole-v1+nowhere_at_all:Wrapper")
     assert "has no wrapper Wrapper" in error_of("CartPole-v1+json:Wrapper")
     assert "take no wrappers" in error_of("ALE/Pong-v5+time_feature")
