@@ -406,7 +406,9 @@ def test_ppd_without_teacher_weight_is_ppo(actions):
 )
 def test_export_maps_original_observations_to_the_actions_of_predict(kind, actions, format, tmp_path, capsys):
     model = untrained("ppo", kind, actions)
-    torch.nn.init.normal_(model.policy.action_net.weight)
+    for weight in model.policy.parameters():  # so that the actions depend on the observations
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight)
     model.save(tmp_path / "model.zip")
     task = f"kd_testing.known_answer:{kind}{actions}-v0"
     words = ["--domain", "reinforcement-learning", "--task", task, "--format", format]
