@@ -41,11 +41,10 @@ def train(environment: str, path: Path, normalize: bool = False, **policy: Any) 
     made = VecNormalize(made, gamma=0.9) if normalize else made
     keywords: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
     model = RecurrentPPO("MlpLstmPolicy", made, policy_kwargs=policy, learning_rate=0.01, **keywords).learn(64)
+    factors = {"action_net.weight": 100, "action_net.bias": 0, "lstm_actor.weight_ih_l0": 30}
     with torch.no_grad():
-        model.policy.action_net.weight.mul_(100)
-        model.policy.action_net.bias.zero_()
-        for name, weight in model.policy.lstm_actor.named_parameters():
-            weight.mul_(30 if name.startswith("weight_ih") else 2)
+        for name, factor in factors.items():
+            model.policy.get_parameter(name).mul_(factor)
     model.save(path)
     if normalize:
         made.save(str(path.parent / "vecnormalize.pkl"))
