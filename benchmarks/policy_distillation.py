@@ -1,12 +1,14 @@
-"""Compares distilling a CartPole-v1 policy with this project, `imitation` (BC and DAgger) and Stable-Baselines3.
+"""Compares distilling a policy with this project, the usual Stable-Baselines3 loop and `imitation` (BC and DAgger).
 
     python benchmarks/policy_distillation.py --imitation_python imitation-venv/bin/python --json figures.json
+    python benchmarks/policy_distillation.py --halfcheetah_teacher rl-trained-agents/tqc/HalfCheetah-v3_1
 
-First table: CPU time until a 16-16 student's mean greedy return over 20 episodes reaches 475. It includes creating
-environments and student, collecting and fitting, but not the evaluation after each round (BC: after each epoch).
-Second table: collected steps per CPU-second, with the teacher's outputs. All implementations use the same
-teacher and one thread, take turns within one run, and are warmed up. `imitation` needs older packages, so
-imitation_worker.py runs it in a separate environment; without --imitation_python its rows are left out.
+CPU time until a student's mean greedy return reaches 95 % of its teacher's. It includes creating environments and
+student, collecting and fitting, but not the evaluation after each round (BC: after each epoch). All implementations
+use the same teacher and one thread, take turns within one run, and are warmed up. The usual loop collects with
+`make_vec_env` and `predict` and trains on the teacher's greedy actions, with this project's rounds, updates, batches
+and learning rate. `imitation` needs older packages, so imitation_worker.py runs it in a separate environment; without
+--imitation_python its rows are left out.
 """
 
 import json
@@ -17,15 +19,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from kd.common.cli import Parser, run
 from kd.common.reporting.tables import number, print_rich
@@ -35,15 +41,12 @@ from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Observation
 from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
 from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
 from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
-from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampling
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
-from kd.reinforcement_learning.teacher_model.teacher import load_agent
-from kd.reinforcement_learning.teacher_model.training import new_teacher
+from kd.reinforcement_learning.teacher_model.teacher import Agent, load_agent
 
-CARTPOLE, LANDER = "CartPole-v1", "LunarLander-v3"
 TEACHER = "runs/reinforcement-learning/teacher_CartPole-v1_ppo"  # the default folder of train_teacher.py
-EPISODES = 20
-RECIPES = {id: training_recipe("ppo", id) for id in (CARTPOLE, LANDER)}
+SHARE = 0.95  # of the teacher's mean return
 INSTALL_IMITATION = (
     "install imitation with `python3.11 -m venv imitation-venv && imitation-venv/bin/pip install -r "
     "benchmarks/imitation_requirements.txt`, then --imitation_python imitation-venv/bin/python"
@@ -51,62 +54,112 @@ INSTALL_IMITATION = (
 
 Figures = dict[str, Any]
 Distill = Callable[..., Figures]  # (seed, goal) -> seconds, return, observations
-Collect = Callable[..., float]  # (repetition, steps) -> steps per second
 
 
-def untrained_student(id: str, seed: int) -> ActorCriticPolicy:
-    recipe = RECIPES[id]
-    environments = training_environments(id, recipe.environments, seed)
-    policy = new_student(environments, StudentArguments(), recipe, seed).policy
-    environments.close()
-    return policy
+@dataclass(frozen=True)
+class Task:
+    """An environment, the widths of the student, this project's arguments, and the episodes of an evaluation. In
+    HalfCheetah the student has 5 % of the parameters of the teacher's actor, and the arguments are those of
+    distill_zoo.sh with eight environments.
+    """
+
+    environment: str
+    student: list[int]
+    args: DistillArguments
+    episodes: int
+
+
+CARTPOLE = Task("CartPole-v1", [16, 16], DistillArguments(), 20)
+HALFCHEETAH = Task("HalfCheetah-v4", [48, 48], DistillArguments(steps=50_000, updates=800, greedy_share=0.5), 10)
 
 
 class Reached(Exception):
     """The student reached the goal."""
 
 
-class ThisProject:
-    """The Distiller with default arguments except for the number of environments."""
+class Clock:
+    """CPU time until a student's mean return reaches `goal`, without the time of evaluations."""
 
-    def __init__(self, teacher: ActorCriticPolicy, num_envs: int) -> None:
-        self.teacher, self.args = PolicyNetwork(teacher).eval(), DistillArguments(num_envs=num_envs)
+    def __init__(self, task: Task, goal: float) -> None:
+        self.task, self.goal = task, goal
+        self.figures: Figures = {"seconds": 0.0, "return": 0.0, "observations": 0}
+        self.since = time.process_time()
 
-    def __call__(self, seed: int, goal: float) -> Figures:
-        figures, since = {"seconds": 0.0, "return": 0.0, "observations": 0}, time.process_time()
-        self.student = untrained_student(CARTPOLE, seed)
-        network = StudentNetwork(self.student, None)
-        environments = Environments(CARTPOLE, self.args.num_envs, seed)
-        rows = self.args.steps + self.args.num_envs * self.args.rounds
-        buffer = Observations(rows, environments.observation_space.shape or (), torch.float32)
+    def check(self, network: nn.Module, observations: int) -> None:
+        self.figures["seconds"] += time.process_time() - self.since
+        returns, _ = returns_of(greedy(network), self.task.environment, self.task.episodes, VALIDATION_SEED)
+        self.figures |= {"return": float(returns.mean()), "observations": observations}
+        if self.figures["return"] >= self.goal:
+            raise Reached
+        self.since = time.process_time()
 
-        def evaluate() -> dict[str, float]:
-            nonlocal since
-            figures["seconds"] += time.process_time() - since
-            returns, _ = returns_of(greedy(network), CARTPOLE, EPISODES, VALIDATION_SEED)
-            figures.update({"return": float(returns.mean()), "observations": buffer.seen})
-            if figures["return"] >= goal:
-                raise Reached
-            since = time.process_time()
-            return {}
 
-        task = DistillationTask(Recorder(environments), self.teacher, network, buffer)
-        with tempfile.TemporaryDirectory() as folder, suppress(Reached):
-            Distiller([task], self.args, Path(folder), seed).learn(evaluate)
-        environments.close()
-        return figures
+def untrained_student(task: Task, seed: int) -> ActorCriticPolicy:
+    environments = training_environments(task.environment, 1, seed)
+    recipe = training_recipe("ppo", "any")
+    policy = new_student(environments, StudentArguments(student=task.student), recipe, seed).policy
+    environments.close()
+    return policy
+
+
+def this_project(seed: int, goal: float, task: Task, teacher: Agent, num_envs: int = 8) -> Figures:
+    """The Distiller."""
+    clock, args = Clock(task, goal), task.args
+    student = StudentNetwork(untrained_student(task, seed), None)
+    environments = Environments(task.environment, num_envs, seed)
+    buffer = Observations(
+        args.steps + num_envs * args.rounds, environments.observation_space.shape or (), torch.float32
+    )
+
+    def evaluate() -> dict[str, float]:
+        clock.check(student, buffer.seen)
+        return {}
+
+    one = DistillationTask(Recorder(environments), teacher.network(), student, buffer)
+    with tempfile.TemporaryDirectory() as folder, suppress(Reached):
+        Distiller([one], args, Path(folder), seed).learn(evaluate)
+    environments.close()
+    return clock.figures
+
+
+def usual_loop(seed: int, goal: float, task: Task, teacher: Agent) -> Figures:
+    """DAgger with Stable-Baselines3: the teacher acts in the first round and the student afterwards."""
+    clock, args = Clock(task, goal), task.args
+    student = untrained_student(task, seed)
+    optimizer = torch.optim.Adam(student.parameters(), args.learning_rate)
+    environments, kept = make_vec_env(task.environment, args.num_envs, seed=seed), list[tuple[Any, Any]]()
+    observations: Any = environments.reset()
+    network = PolicyNetwork(student).eval()
+    with suppress(Reached):
+        for round_number in range(args.rounds):
+            for _ in range(args.steps // args.rounds // args.num_envs):
+                targets, _ = teacher.policy.predict(observations, deterministic=True)
+                kept.append((observations, targets))
+                actions = targets if round_number == 0 else student.predict(observations)[0]
+                observations = environments.step(actions)[0]
+            rows, labels = (torch.as_tensor(np.concatenate(part)) for part in zip(*kept, strict=True))
+            loader = DataLoader(TensorDataset(rows.float(), labels), args.batch_size, shuffle=True)
+            for batch, target in islice(chain.from_iterable(repeat(loader)), args.updates):
+                loss = -student.evaluate_actions(batch, target)[1].mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            clock.check(network, len(rows))
+    environments.close()
+    return clock.figures
 
 
 class Imitation:
     """Runs imitation_worker.py with another interpreter and the weights of this teacher."""
 
-    def __init__(self, python: str, teacher: ActorCriticPolicy) -> None:
-        arrays: dict[str, Any] = {name: weight.numpy() for name, weight in teacher.state_dict().items()}
+    def __init__(self, python: str, task: Task, teacher: Agent) -> None:
+        arrays: dict[str, Any] = {name: weight.numpy() for name, weight in teacher.policy.state_dict().items()}
         with tempfile.TemporaryDirectory() as folder:
             np.savez(Path(folder, "teacher.npz"), **arrays)
-            command = [python, str(Path(__file__).with_name("imitation_worker.py")), "--environment", CARTPOLE]
+            words = [str(Path(__file__).with_name("imitation_worker.py")), "--environment", task.environment]
+            words += ["--teacher", str(Path(folder, "teacher.npz")), "--episodes", str(task.episodes)]
             self.process = subprocess.Popen(
-                [*command, "--teacher", str(Path(folder, "teacher.npz"))],
+                [python, *words, "--student", *map(str, task.student)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
             )  # fmt: skip
             self.about = self._read()  # it has loaded the teacher
@@ -129,128 +182,85 @@ class Imitation:
         self.process.communicate()  # closes its stdin
 
 
-def kd_collection(id: str, count: int, teacher: BasePolicy, student: BasePolicy) -> Collect:
-    """Collects with this project, which stores the teacher's logits and values."""
-    networks = PolicyNetwork(teacher).eval(), PolicyNetwork(student).eval()
-    environments = Environments(id, count)
-    recorder, act = Recorder(environments), sampling(networks[1], torch.Generator().manual_seed(0))
-
-    def collect(repetition: int, steps: int) -> float:
-        buffer = Observations(steps + count, environments.observation_space.shape or (), torch.float32)
-        started = time.process_time()
-        buffer.append(recorder.collect(act, steps), networks[0])
-        return buffer.seen / (time.process_time() - started)
-
-    return collect
-
-
-def plain_collection(id: str, teacher: BasePolicy, student: BasePolicy, **env_kwargs: Any) -> Collect:
-    """Collects with `make_vec_env` and `predict`, which stores the teacher's action."""
-    environments = make_vec_env(id, 8, seed=0, env_kwargs=env_kwargs)
-
-    def collect(repetition: int, steps: int) -> float:
-        kept, started = [], time.process_time()
-        observations: Any = environments.reset()
-        for _ in range(steps // 8):
-            actions, _ = student.predict(observations)
-            kept.append((observations, teacher.predict(observations, deterministic=True)[0]))
-            observations = environments.step(actions)[0]
-        return len(kept) * 8 / (time.process_time() - started)
-
-    return collect
+def implementations(task: Task, teacher: Agent, peer: Imitation | None) -> dict[str, Distill]:
+    found: dict[str, Distill] = {"this project": partial(this_project, task=task, teacher=teacher)}
+    if task is CARTPOLE:  # NumPy steps all its copies at once
+        found["this project, 64 environments"] = partial(this_project, task=task, teacher=teacher, num_envs=64)
+    found["usual loop, this project's arguments"] = partial(usual_loop, task=task, teacher=teacher)
+    if peer is not None:
+        arguments = {name: getattr(task.args, name) for name in ("updates", "batch_size", "learning_rate")}
+        arguments["steps"] = task.args.steps // task.args.rounds
+        for method in ("DAgger", "BC"):
+            for label, used in (("its defaults", None), ("this project's arguments", arguments)):
+                found[f"imitation {method}, {label}"] = partial(peer, method=method.lower(), arguments=used)
+    return found
 
 
-def take_turns(
-    implementations: dict[str, Callable[..., Any]], repetitions: int, **kwargs: Any
-) -> dict[str, list[Any]]:
-    measured: dict[str, list[Any]] = {name: [] for name in implementations}
+def measure(task: Task, teacher: Agent, python: str | None, repetitions: int) -> Figures:
+    """Figures of each implementation: a list of runs, each with another seed."""
+    if teacher.statistics is not None:
+        raise UserError(
+            f"{teacher.name} has statistics of observations, which `imitation` does not apply: pass another"
+        )
+    returns, _ = returns_of(greedy(teacher.network()), task.environment, task.episodes, VALIDATION_SEED)
+    peer = Imitation(python, task, teacher) if python else None
+    goal, found = SHARE * float(returns.mean()), implementations(task, teacher, peer)
+    about = {"teacher": float(returns.mean()), "goal": goal} | ({"imitation": peer.about} if peer else {})
+    if task is CARTPOLE:  # a warm-up of one round
+        take_turns(found, 1, goal=float("-inf"))
+    measured = take_turns(found, repetitions, goal=goal)
+    if peer is not None:
+        peer.close()
+    return {"about": about, "runs": measured}
+
+
+def take_turns(found: dict[str, Distill], repetitions: int, goal: float) -> dict[str, list[Figures]]:
+    measured: dict[str, list[Figures]] = {name: [] for name in found}
     for repetition in range(repetitions):
-        for name, implementation in implementations.items():
-            measured[name].append(implementation(repetition, **kwargs))
+        for name, distill in found.items():
+            measured[name].append(distill(repetition, goal))
     return measured
 
 
-def rows_of(measure: str, figures: dict[str, list[float]]) -> list[list[str]]:
+def rows_of(environment: str, goal: float, runs: dict[str, list[Figures]]) -> list[list[str]]:
     """Table rows with the ratio to the first implementation."""
-    medians = {name: statistics.median(values) for name, values in figures.items()}
-    first = next(iter(medians.values()))
-    return [
-        [measure, name, *map(number, (medians[name], min(values), max(values))), f"{medians[name] / first:.2f}"]
-        for name, values in figures.items()
-    ]
+    seconds = {name: [run["seconds"] for run in of_one] for name, of_one in runs.items()}
+    first, rows = statistics.median(next(iter(seconds.values()))), []
+    for name, of_one in runs.items():
+        median = statistics.median(seconds[name])
+        reached = sum(run["return"] >= goal for run in of_one)
+        observations = number(statistics.median(run["observations"] for run in of_one))
+        cells = [number(value) for value in (median, min(seconds[name]), max(seconds[name]))]
+        rows.append([environment, name, *cells, f"{median / first:.2f}", f"{reached} of {len(of_one)}", observations])
+    return rows
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--teacher", default=TEACHER, help="Zip file or folder of a PPO.")
+    parser.add_argument("--teacher", default=TEACHER, help="Zip file or folder of a CartPole PPO.")
+    parser.add_argument("--halfcheetah_teacher", help="Zip file or folder of a HalfCheetah agent, such as a TQC.")
     parser.add_argument("--imitation_python", help="Python interpreter with imitation_requirements.txt installed.")
     parser.add_argument("--repetitions", type=int, default=5, help="Number of repetitions, each with another seed.")
-    parser.add_argument("--goal", type=float, default=475.0, help="Mean return that ends the measured time.")
-    parser.add_argument("--steps", type=int, default=20_000, help="Environment steps per collection.")
     parser.add_argument("--json", help="File to which all figures are also written.")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    agent = load_agent(args.teacher, CARTPOLE)
-    teacher = agent.policy
-    if not isinstance(teacher, ActorCriticPolicy) or agent.statistics is not None:
-        raise UserError("the teacher must be a PPO without observation normalization: pass another --teacher")
-    returns, _ = returns_of(greedy(PolicyNetwork(teacher).eval()), CARTPOLE, EPISODES, VALIDATION_SEED)
-    versions = {name: version(name) for name in ("stable-baselines3", "gymnasium", "torch", "numpy")}
-    figures: Figures = {"about": {"teacher": float(returns.mean()), "versions": versions}}
-    project = ThisProject(teacher, 8)
-    distill: dict[str, Distill] = {"this project": project, "this project, 64 environments": ThisProject(teacher, 64)}
-    peer = Imitation(args.imitation_python, teacher) if args.imitation_python else None
-    if peer is not None:
-        figures["about imitation"] = peer.about
-        arguments = {name: getattr(project.args, name) for name in ("updates", "batch_size", "learning_rate")}
-        arguments["steps"] = project.args.steps // project.args.rounds
-        for method in ("DAgger", "BC"):
-            for label, used in (("its defaults", None), ("this project's arguments", arguments)):
-                distill[f"imitation {method}, {label}"] = partial(peer, method=method.lower(), arguments=used)
-    if min(about["teacher"] for about in figures.values()) < args.goal:
-        raise UserError(f"the teacher does not reach --goal {args.goal:.0f}: {figures}")
-    take_turns(distill, 1, goal=float("-inf"))  # a warm-up of one round
-    distilled = take_turns(distill, args.repetitions, goal=args.goal)
-    if peer is not None:
-        peer.close()
-
-    cartpole = teacher, project.student
-    lander = (
-        new_teacher(LANDER, RECIPES[LANDER], seed=0).policy,
-        untrained_student(LANDER, 0),
-    )
-    collect: dict[str, dict[str, Collect]] = {
-        CARTPOLE: {
-            "predict twice, make_vec_env, 8 environments": plain_collection(CARTPOLE, *cartpole),
-            "this project, 8 environments": kd_collection(CARTPOLE, 8, *cartpole),
-            "this project, 64 environments": kd_collection(CARTPOLE, 64, *cartpole),
-        },
-        LANDER: {
-            "predict twice, make_vec_env, 8 environments": plain_collection(LANDER, *lander),
-            "predict twice, render_mode=None": plain_collection(LANDER, *lander, render_mode=None),
-            "this project, 8 environments": kd_collection(LANDER, 8, *lander),
-        },
-    }
-    for implementations in collect.values():
-        take_turns(implementations, 1, steps=args.steps // 10)
-    collected = {id: take_turns(found, args.repetitions, steps=args.steps) for id, found in collect.items()}
-
-    rows = rows_of(
-        f"CPU-s to {args.goal:.0f}", {name: [run["seconds"] for run in runs] for name, runs in distilled.items()}
-    )
-    for row, runs in zip(rows, distilled.values(), strict=True):
-        reached = sum(run["return"] >= args.goal for run in runs)
-        row += [f"{reached} of {len(runs)}", number(statistics.median(run["observations"] for run in runs))]
-    for id, rates in collected.items():
-        rows += [[*row, "", ""] for row in rows_of(f"steps per CPU-s, {id}", rates)]
-    header = ["measured", "implementation", "median", "lowest", "highest", "ratio to first", "reached", "observations"]
-    below = "\n".join(f"{name}: {json.dumps(about)}" for name, about in figures.items())
-    print_rich(
-        header, rows, "Policy distillation, one thread", below if peer is not None else f"{below}\n{INSTALL_IMITATION}"
-    )
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures | {"distilled": distilled, "collected": collected}, indent=1))
+    names = ("stable-baselines3", "gymnasium", "torch", "numpy")
+    figures: Figures = {"versions": {name: version(name) for name in names}}
+    rows: list[list[str]] = []
+    for task, name in ((CARTPOLE, args.teacher), (HALFCHEETAH, args.halfcheetah_teacher)):
+        if name:
+            teacher = load_agent(name, task.environment)
+            found = figures[task.environment] = measure(task, teacher, args.imitation_python, args.repetitions)
+            rows += rows_of(task.environment, found["about"]["goal"], found["runs"])
+            if args.json:
+                Path(args.json).write_text(json.dumps(figures, indent=1))
+    header = ["environment", "implementation", "median", "lowest", "highest", "ratio", "reached", "observations"]
+    below = [json.dumps({"versions": figures["versions"]})]
+    below += [json.dumps({name: one["about"]}) for name, one in figures.items() if name != "versions"]
+    below += [] if args.imitation_python else [INSTALL_IMITATION]
+    title = f"CPU-seconds to {SHARE:.0%} of the teacher's return, one thread"
+    print_rich(header, rows, title, "\n".join(below))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from kd.common.objective import FeatureLoss, FeatureTerm, Term, logit_term
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.student_model.arguments import Loss
-from kd.reinforcement_learning.teacher_model.policies import PADDING, greedy_actions
+from kd.reinforcement_learning.teacher_model.networks import PADDING
+from kd.reinforcement_learning.teacher_model.policies import greedy_actions
 
 
 def policy_and_value(loss: Loss, value_weight: float, value_std: float, action_space: spaces.Space) -> Method:

@@ -24,7 +24,8 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from kd.common.outputs import Outputs
 from kd.reinforcement_learning.data.rollouts import predict, to_outputs
 from kd.reinforcement_learning.student_model.student import StudentSpec
-from kd.reinforcement_learning.teacher_model.policies import ActorCritic, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.networks import ActorCritic
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.training import recipe_environments
 
 

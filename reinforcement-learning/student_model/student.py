@@ -29,7 +29,8 @@ from kd.reinforcement_learning.data.environments import training_environments
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.teacher_model import policies
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures, moments
-from kd.reinforcement_learning.teacher_model.policies import ActorCritic, ObservationStatistics, PolicyNetwork
+from kd.reinforcement_learning.teacher_model.networks import ActorCritic
+from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics, PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import TrainingRecipe
 from kd.reinforcement_learning.teacher_model.saved_policy import read_model
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent, Teacher, columns_of_both
@@ -159,11 +160,12 @@ class StudentNetwork(PolicyNetwork):
     def __init__(
         self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None, columns: slice | None = None
     ) -> None:
-        space, shape = policy.observation_space, policy.observation_space.shape or ()
-        if columns is not None or not isinstance(space, spaces.Box) or is_image_space(space):
-            statistics = None  # those of the teacher are for other observations
+        shape = policy.observation_space.shape or ()
         bottleneck = isinstance(policy.features_extractor, BottleneckFeatures)  # standardizes observations itself
-        self.fits = statistics is None and isinstance(space, spaces.Box) and not (bottleneck or is_image_space(space))
+        raw = bottleneck or is_image_space(policy.observation_space)
+        if raw or columns is not None:  # those of the teacher are for other observations
+            statistics = None
+        self.fits = statistics is None and not raw
         if self.fits:
             statistics = ObservationStatistics(np.zeros(shape), np.ones(shape), 0.0, math.inf)
         super().__init__(policy, statistics, columns)

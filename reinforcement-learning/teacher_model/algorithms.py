@@ -20,7 +20,7 @@ from stable_baselines3.sac.policies import SACPolicy
 from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
-from kd.reinforcement_learning.teacher_model.policies import DirectPolicy
+from kd.reinforcement_learning.teacher_model.networks import DirectPolicy
 
 Weights = dict[str, Tensor]
 BATCH_RENORM_EPSILON = 1e-3  # the default of CrossQ

@@ -23,9 +23,9 @@ from kd.common.utils.finite import check_finite_weights, non_finite_tensor
 from kd.reinforcement_learning.data.environments import Environments, SB3Environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles, box_statistics, find_teacher, read_statistics
+from kd.reinforcement_learning.teacher_model.networks import DirectPolicy
 from kd.reinforcement_learning.teacher_model.policies import (
     UNSCALED,
-    DirectPolicy,
     ObservationStatistics,
     PolicyNetwork,
     greedy,

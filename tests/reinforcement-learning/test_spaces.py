@@ -12,9 +12,10 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode
 from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO
-from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -33,7 +34,9 @@ from kd.reinforcement_learning.student_model.matching import joint
 from kd.reinforcement_learning.student_model.ppd import PPD, _distribution
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampled_actions
+from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd.reinforcement_learning.teacher_model.teacher import Agent
+from kd.reinforcement_learning.teacher_model.training import new_teacher
 from kd_testing.known_answer import KnownAnswerSpaces
 from kd_testing.paths import REPO
 from kd_testing.readmes import run_readme, run_readme_alone
@@ -68,11 +71,12 @@ def test_vectors_are_those_of_stable_baselines3(kind, mode):
     observations, _ = original.reset(seed=7)
     assert environments.original_space == original.single_observation_space == SPACES[kind]
     space = environments.observation_space
-    assert space == box_space(SPACES[kind]) and space.dtype == np.float32 and len(space.shape) == 1
+    assert space == box_space(SPACES[kind]) and len(space.shape) == 1
+    assert space.dtype == (np.float32 if kind == "Dict" else np.uint8)
     for _ in range(25):
         expected = extracted(SPACES[kind], observations)
         np.testing.assert_array_equal(environments.observations, expected)
-        assert environments.observations.dtype == np.float32
+        assert environments.observations.dtype == space.dtype
         assert all(row in space for row in environments.observations)
         actions = original.action_space.sample()
         step = environments.step(actions)
@@ -211,6 +215,27 @@ def test_loaded_policy_acts_as_in_stable_baselines3(algorithm, kind, actions, tm
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("continuous", [False, True])
+def test_agents_of_goals_act_as_in_stable_baselines3(continuous, tmp_path):
+    """Hindsight experience replay, with Dict observations of a goal."""
+    environment = BitFlippingEnv(n_bits=4, continuous=continuous)
+    chosen: Any = SAC if continuous else DQN
+    kwargs = {
+        "replay_buffer_class": HerReplayBuffer,
+        "buffer_size": 100,
+        "policy_kwargs": dict(SMALL),
+        "device": "cpu",
+    }
+    model = chosen("MultiInputPolicy", environment, **kwargs)
+    model.save(tmp_path / "model.zip")
+    agent = Agent.load(TeacherFiles(tmp_path / "model.zip", None), environment.observation_space, model.action_space)
+    for _ in range(8):
+        observation = environment.observation_space.sample()
+        rows = np.concatenate([observation[key] for key in ("achieved_goal", "desired_goal", "observation")])
+        ours = greedy(agent.network())(torch.as_tensor(rows, dtype=torch.float32)[None])[0]
+        np.testing.assert_allclose(ours, model.predict(observation, deterministic=True)[0], atol=1e-5)
+
+
 def test_statistics_of_keys_are_those_of_vec_normalize(tmp_path):
     """With statistics of one key, as saved by the environment, and the clip reached."""
     environments = VecNormalize(original("Dict", "Discrete"), norm_obs_keys=["position"], clip_obs=0.5)
@@ -239,6 +264,23 @@ def test_agent_of_other_keys_raises_an_error(tmp_path):
         Agent.load(TeacherFiles(tmp_path / "model.zip", None), Dict(spaces), Discrete(3))
     with pytest.raises(UserError, match=r"observations Dict .* but the environment has Discrete 6"):
         load(tmp_path / "model.zip", "Discrete", "Discrete")
+
+
+@pytest.mark.parametrize("kind", ["Dict", "Discrete"])
+def test_teacher_with_vec_normalize_is_trained_and_loaded(kind, tmp_path):
+    """Its zip and its statistics are those of the vector."""
+    changes = {"steps": 32, "environments": 2, "n_steps": 8, "batch_size": 8, "normalize": True}
+    model = new_teacher(f"{kind}Discrete-v0", training_recipe("ppo", "Any-v0", changes), seed=0)
+    model.learn(32)
+    agent = Agent.trained("teacher", model)
+    agent.save_pretrained(tmp_path)
+    again = load(tmp_path / "model.zip", kind, "Discrete", tmp_path / "vecnormalize.pkl")
+    rows = as_box(kind, sampled(kind))
+    logits = agent.network()(rows).logits
+    torch.testing.assert_close(again.network()(rows).logits, logits)
+    normalized = torch.as_tensor(model.get_vec_normalize_env().normalize_obs(rows.numpy()))
+    expected = model.policy.get_distribution(normalized).distribution.logits
+    torch.testing.assert_close(logits.log_softmax(-1), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SPACES)
