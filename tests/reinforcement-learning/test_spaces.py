@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode
 from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO, SAC, TD3, HerReplayBuffer
@@ -35,6 +35,7 @@ from kd.reinforcement_learning.student_model.ppd import PPD, _distribution
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampled_actions
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.reinforcement_learning.teacher_model.saved_policy import _check_space
 from kd.reinforcement_learning.teacher_model.teacher import Agent
 from kd.reinforcement_learning.teacher_model.training import new_teacher
 from kd_testing.known_answer import KnownAnswerSpaces
@@ -252,6 +253,24 @@ def test_statistics_of_keys_are_those_of_vec_normalize(tmp_path):
     torch.testing.assert_close(logits.log_softmax(-1), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{'a': Discrete(3), 'goal': Box([-1. -1.], [1.\n 1.], (2,), float32), 'm': MultiDiscrete([2 3])}",
+        "OrderedDict([('a', Discrete(3)), ('goal', Box(-1.0, 1.0, (2,), float32)), ('m', MultiDiscrete([2 3]))])",
+        "OrderedDict([('a', Discrete(3)), ('goal', Box(2,)), ('m', MultiDiscrete([2 3]))])",
+    ],
+    ids=["gymnasium", "gym", "old gym"],
+)
+def test_written_dicts_of_all_versions_are_compared(written):
+    space = Dict({"m": MultiDiscrete([2, 3]), "goal": Box(-9, 9, (2,)), "a": Discrete(3)})
+    saved = {":type:": "<class 'gym.spaces.dict.Dict'>", "spaces": written}
+    _check_space(Path("model.zip"), "observations", saved, space)
+    for other in Dict({**space, "goal": Box(-9, 9, (3,))}), Dict({**space, "m": MultiDiscrete([3, 3])}):
+        with pytest.raises(UserError, match="was trained for observations Dict a: Discrete"):
+            _check_space(Path("model.zip"), "observations", saved, other)
+
+
 def test_agent_of_other_keys_raises_an_error(tmp_path):
     untrained("ppo", "Dict", "Discrete").save(tmp_path / "model.zip")
     spaces = {
@@ -406,7 +425,9 @@ def test_ppd_without_teacher_weight_is_ppo(actions):
 )
 def test_export_maps_original_observations_to_the_actions_of_predict(kind, actions, format, tmp_path, capsys):
     model = untrained("ppo", kind, actions)
-    torch.nn.init.normal_(model.policy.action_net.weight)
+    for weight in model.policy.parameters():  # so that the actions depend on the observations
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight)
     model.save(tmp_path / "model.zip")
     task = f"kd_testing.known_answer:{kind}{actions}-v0"
     words = ["--domain", "reinforcement-learning", "--task", task, "--format", format]
@@ -457,7 +478,7 @@ def test_student_of_a_run_acts_on_the_original_observations(kind, actions, words
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPO / "tests"))
     environment, modules = f"{kind}{actions}-v0", ["--import_module", "kd_testing.known_answer"]
-    results = distill("--environment", environment, *modules, *TEACHER, *words)
+    results = distill("--environment", environment, "--student", 16, *modules, *TEACHER, *words)
     test = results["models"]["student"]["metrics"]["test"]
     assert 0 < test["agreement"] <= 1 and (test["kl"] >= 0 or actions == "Box")
     student = PPO.load("run/student/student.zip", original(kind, actions), device="cpu")
@@ -476,3 +497,21 @@ def test_student_of_a_run_acts_on_the_original_observations(kind, actions, words
         run_readme_alone(Path("run/student"), f"assert actions.shape == {(1, *acting.shape[1:])}")
     elif "--codebooks" not in words:
         assert run_readme(Path("run/student"))["actions"].shape == (1, *acting.shape[1:])
+
+
+@pytest.mark.slow
+def test_grid_of_gymnasium_from_the_teacher_to_a_video(tmp_path, monkeypatch):
+    """With a DQN, of which the student is a table: one logit for each state and action."""
+    monkeypatch.chdir(tmp_path)
+    changes = '{"environments": 4, "buffer_size": 1000, "learning_starts": 100, "policy_kwargs": {"net_arch": [16]}}'
+    words = ["--algorithm", "dqn", "--teacher_steps", 600, "--hyperparameters", changes, "--no_control"]
+    results = distill("--environment", "FrozenLake-v1", *words, "--student", "--student_value", "--learning_rate", 0.1)
+    models = results["models"]
+    assert models["student"]["parameters"] == 16 * 4 + 4 + 16 + 1
+    assert models["student"]["metrics"]["test"]["agreement"] > 0.9
+    student = PPO.load("run/student/student.zip", device="cpu")
+    teacher = DQN.load("run/stages/teacher/FrozenLake-v1/model.zip", device="cpu")
+    assert student.observation_space == teacher.observation_space == Discrete(16)
+    assert run_readme(Path("run/student"))["actions"].shape == (1,)
+    run_script("reinforcement-learning/scripts/evaluate.py", "run", "--episodes", 2, "--video", "lake.gif")
+    assert Path("lake.gif").stat().st_size > 0
