@@ -55,8 +55,10 @@ class StudentSpec:
 
     @property
     def columns(self) -> slice | None:
-        """The student's part of the observations of `teacher.shared`."""
-        return columns_of_both(self.teacher.agent)[1] if self.environment != self.teacher.environment else None
+        """The student's part of the observations of `teacher.shared`. The state of a recurrent teacher follows."""
+        if self.environment != self.teacher.environment:
+            return columns_of_both(self.teacher.agent)[1]
+        return slice(0, None) if self.teacher.agent.recurrent else None
 
     def new(self, seed: int, environments: VecEnv | None = None, **keywords: Any) -> PPO:
         """An untrained student, initialized with `seed`, in `environments` (default: those of its recipe)."""
