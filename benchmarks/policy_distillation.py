@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -219,6 +220,7 @@ def take_turns(found: dict[str, Distill], repetitions: int, goal: float) -> dict
     for repetition in range(repetitions):
         for name, distill in found.items():
             measured[name].append(distill(repetition, goal))
+            print(f"{name}, seed {repetition}: {json.dumps(measured[name][-1])}", file=sys.stderr)
     return measured
 
 

@@ -8,10 +8,10 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -55,6 +55,15 @@ class Step:
     final_observations: np.ndarray
 
 
+class Memory(NamedTuple):
+    """What a recurrent policy keeps of the steps before: `size` numbers, zero at the start of an episode. `step`: rows
+    of an observation and a state (rows, ...) -> the states after them (rows, size).
+    """
+
+    size: int
+    step: Callable[[Tensor], Tensor]
+
+
 def is_vectorized(id: str) -> bool:
     """Whether NumPy steps all copies of an environment at once, so that hundreds cost little more than one."""
     spec = find_spec(id)
@@ -85,6 +94,9 @@ class Environments:
     Observations are those of one Box (see `observations`), `observation_space`; `original_space` is the space of the
     environment itself.
 
+    With the `memory` of a recurrent policy, each row of `observations` is a vector: an observation, and the state of
+    the policy before it. The states also change if another policy acts.
+
     Atari games (ALE/...) return four 84x84 grey frames and use the sticky actions of their id. `training` clips their
     rewards to -1, 0, 1 and ends an episode at the loss of a life. The whole game then restarts, unlike in
     Stable-Baselines3's AtariWrapper, so only training=False measures a game's score. Other environments ignore it.
@@ -98,12 +110,14 @@ class Environments:
         training: bool = False,
         autoreset: AutoresetMode | None = None,
         seeded_episodes: bool = False,
+        memory: Memory | None = None,
         **env_kwargs: Any,
     ) -> None:
         if count < 1:
             raise UserError(f"the number of environments must be 1 or more, not {count}")
-        self.id, self.count = id, count
+        self.id, self.count, self.memory = id, count, memory
         self.autoreset = autoreset or AutoresetMode.NEXT_STEP  # the default of all vector environments of Gymnasium
+        assert memory is None or self.autoreset == AutoresetMode.NEXT_STEP
         spec = find_spec(id)
         if spec.namespace == "ALE":
             env_kwargs = _atari_kwargs(training, env_kwargs)
@@ -130,12 +144,17 @@ class Environments:
 
     def reset(self, seed: int | None = None) -> None:
         """Restarts all environments; without a seed their random generators continue."""
-        self.observations: np.ndarray = self.vector.reset(seed=seed)[0]  # (count, ...)
+        observations: np.ndarray = self.vector.reset(seed=seed)[0]  # (count, ...)
+        self.observations = observations
+        if self.memory is not None:
+            self.observations = _with_states(observations, np.zeros((self.count, self.memory.size), np.float32))
         self.acting = np.ones(self.count, dtype=bool)  # False where the next step ignores the action and restarts
 
     def step(self, actions: np.ndarray) -> Step:
         """Acts in all environments, (count,) or (count, components), and updates `observations` and `acting`."""
         actions = np.asarray(actions, dtype=self.vector.action_space.dtype)
+        if self.memory is not None:
+            states = self.memory.step(torch.as_tensor(self.observations)).numpy() * self.acting[:, None]
         self.observations, rewards, terminated, truncated, infos = self.vector.step(actions)
         if not (np.isfinite(rewards).all() and np.isfinite(self.observations).all()):
             raise UserError(f"environment {self.id} returned an observation or a reward that is not finite")
@@ -146,10 +165,17 @@ class Environments:
         elif done.any():
             final = final.copy()
             final[done] = np.stack(infos["final_obs"][done])  # (count,) objects or (count, ...) -> (ended, ...)
+        if self.memory is not None:
+            self.observations = _with_states(self.observations, states)
         return Step(np.asarray(rewards, dtype=np.float64), terminated, truncated, final)
 
     def close(self) -> None:
         self.vector.close()
+
+
+def _with_states(observations: np.ndarray, states: np.ndarray) -> np.ndarray:
+    """Rows (count, all columns) of observations (count, ...) and the states of a policy (count, size)."""
+    return np.concatenate([observations.reshape(len(observations), -1), states], 1)
 
 
 def _atari_kwargs(training: bool, env_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -50,13 +50,14 @@ def _cure(space: Space) -> str:
 
 
 def box_space(space: Space) -> Box:
-    """The Box of the observations of a supported space: the same Box, one with the channels first, or a vector of
-    float32.
+    """The Box of the observations of a supported space: the same Box, one with the channels first, or a vector: of
+    float32, or of uint8 without numbers, which needs a quarter of the memory.
     """
     if not isinstance(space, Box):
         flat = flatten_space(space)
         assert isinstance(flat, Box)
-        return Box(flat.low.astype(np.float32), flat.high.astype(np.float32), dtype=np.float32)
+        dtype = np.float32 if isinstance(space, Dict) else np.uint8
+        return Box(flat.low.astype(dtype), flat.high.astype(dtype), dtype=dtype)
     if _has_channels_last(space):
         return Box(np.moveaxis(space.low, -1, 0), np.moveaxis(space.high, -1, 0), dtype=np.uint8)
     return space
@@ -76,7 +77,7 @@ class BoxObservation(gym.ObservationWrapper[np.ndarray, Any, Any]):
 def as_box(space: Space, observation: Any) -> np.ndarray:
     """An observation of a supported space as one of `box_space`."""
     if not isinstance(space, Box):
-        return np.asarray(flatten(space, observation), np.float32)
+        return np.asarray(flatten(space, observation), np.float32 if isinstance(space, Dict) else np.uint8)
     return np.moveaxis(observation, -1, 0) if _has_channels_last(space) else observation
 
 

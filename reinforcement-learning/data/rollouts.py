@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
-from kd.reinforcement_learning.data.environments import Environments, is_vectorized, to_environment
+from kd.reinforcement_learning.data.environments import Environments, Memory, is_vectorized, to_environment
 
 Act = Callable[[Tensor], Tensor]  # observations (environments, ...) -> actions
 
@@ -39,6 +39,23 @@ def in_parts(first: Act, second: Act, number: int) -> Act:
         return torch.cat([act(part) for act, part in parts if len(part)])
 
     return act
+
+
+def in_one_episode(act: Act, memory: Memory | None) -> Act:
+    """The actions of a recurrent policy, if it has a `memory`, for the observations of one environment (1, ...), from
+    the start of an episode to its end.
+    """
+    if memory is None:
+        return act
+    state = torch.zeros(1, memory.size)
+
+    def act_and_remember(observations: Tensor) -> Tensor:
+        nonlocal state
+        rows = torch.cat([observations.flatten(1), state], 1)
+        state = memory.step(rows)
+        return act(rows)
+
+    return act_and_remember
 
 
 def random_actions(space: spaces.Space) -> Act:
@@ -70,7 +87,7 @@ class Recorder:
 
     def _step(self, actions: np.ndarray) -> Tensor:
         """Returns the observations for which the actions count. Steps that only restart an environment add no row."""
-        rows = torch.as_tensor(self.environments.observations)[torch.as_tensor(self.environments.acting)]
+        rows = torch.as_tensor(self.environments.observations[self.environments.acting])  # NumPy's indexing is faster
         self.actions.append(actions)
         self.environments.step(actions)
         return rows
@@ -95,9 +112,9 @@ def play(act: Act, environments: Environments, episodes: int) -> Episodes:
     running, rows = np.zeros((environments.count, 2)), []  # returns and numbers of steps
     finished: list[list[np.ndarray]] = [[] for _ in range(environments.count)]
     while (shares > 0).any():
-        observations, counts = torch.as_tensor(environments.observations), environments.acting & (shares > 0)
-        rows.append(observations[torch.as_tensor(counts)])
-        step = environments.step(to_environment(act(observations), environments.action_space))
+        observations, counts = environments.observations, environments.acting & (shares > 0)
+        rows.append(torch.as_tensor(observations[counts]))
+        step = environments.step(to_environment(act(torch.as_tensor(observations)), environments.action_space))
         running += np.stack([step.rewards, np.ones(environments.count)], axis=1) * counts[:, None]
         ended = (step.terminated | step.truncated) & counts
         for number in ended.nonzero()[0]:
@@ -107,24 +124,26 @@ def play(act: Act, environments: Environments, episodes: int) -> Episodes:
     return Episodes(returns, torch.cat(rows), lengths.astype(int))
 
 
-def returns_of(act: Act, environment: str, episodes: int, seed: int) -> tuple[np.ndarray, Tensor]:
+def returns_of(
+    act: Act, environment: str, episodes: int, seed: int, memory: Memory | None = None
+) -> tuple[np.ndarray, Tensor]:
     """The returns (episodes,) and the observations (rows, ...) of `play_in`."""
-    played = play_in(environment, act, episodes, seed)
+    played = play_in(environment, act, episodes, seed, memory)
     return played.returns, played.observations
 
 
-def play_in(environment: str, act: Act, episodes: int, seed: int) -> Episodes:
+def play_in(environment: str, act: Act, episodes: int, seed: int, memory: Memory | None = None) -> Episodes:
     """`play` in new environments. The episodes, with seeds from `seed` on, start alike for all policies; those of a
     vector entry point do if each environment plays one.
     """
     count = min(episodes, VECTORIZED_ENVIRONMENTS if is_vectorized(environment) else PARALLEL_ENVIRONMENTS)
-    with closing(Environments(environment, count, seed, seeded_episodes=True)) as environments:
+    with closing(Environments(environment, count, seed, seeded_episodes=True, memory=memory)) as environments:
         return play(act, environments, episodes)
 
 
 class Observations:
     """A ring buffer of `capacity` observations, in their dtype (uint8 for frames), with the teacher's outputs. The
-    teacher runs once on each.
+    teacher runs once on each. Of rows with the state of a recurrent teacher, only the observations are kept.
     """
 
     def __init__(self, capacity: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -139,12 +158,16 @@ class Observations:
         """Adds observations (rows, ...) with the teacher's outputs; they replace the oldest rows of a full buffer."""
         for chunk in rows.to(self.observations.dtype).split(min(CHUNK, self.capacity)):
             places = (self.place + torch.arange(len(chunk))) % self.capacity
-            self.observations[places] = chunk
+            self.observations[places] = self._without_state(chunk)
             for name, values in predict(teacher, chunk).items():
                 if name not in self.teacher_outputs:
                     self.teacher_outputs[name] = torch.empty(self.capacity, *values.shape[1:])
                 self.teacher_outputs[name][places] = values
             self.place, self.seen = (self.place + len(chunk)) % self.capacity, self.seen + len(chunk)
+
+    def _without_state(self, rows: Tensor) -> Tensor:
+        shape = self.observations.shape[1:]
+        return rows if rows.shape[1:] == shape else rows[:, : shape.numel()].reshape(-1, *shape)
 
     def batches(
         self, batch_size: int, number: int, generator: torch.Generator, device: torch.device

@@ -208,6 +208,8 @@ def load_teachers(args: PolicyArguments, loss: Loss) -> dict[str, list[Agent]]:
         if number >= count or name != "train":
             agent = load_agent(name, environment, args.trust_pickle, vecnormalize)
             check_loss(loss, agent.policy.action_space, agent.deterministic)
+            if agent.recurrent and (further or args.method == "ppd"):
+                raise UserError(f"{name} is recurrent: leave out --ensemble_teachers, and use --method kd")
             teachers[environment].append(agent)
     return teachers
 

@@ -51,12 +51,12 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 from kd.reinforcement_learning.data.environment_ids import of_both
 from kd.reinforcement_learning.data.environments import choose_threads, require_single_process
-from kd.reinforcement_learning.data.rollouts import TEST_SEED
+from kd.reinforcement_learning.data.rollouts import TEST_SEED, in_one_episode
 from kd.reinforcement_learning.data.specs import import_modules, require_module_on_command_line, time_limit_warning
 from kd.reinforcement_learning.data.video import check_video, write_video
 from kd.reinforcement_learning.student_model.evaluation import evaluate
 from kd.reinforcement_learning.teacher_model.files import environment_of
-from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.policies import greedy, memory_of
 from kd.reinforcement_learning.teacher_model.teacher import columns_of_both, load_agent
 
 
@@ -75,6 +75,10 @@ def main() -> None:
         teacher = load_agent(args.teacher, taught, args.trust_pickle, args.teacher_vecnormalize, flag)
         if (shared := of_both(taught, environment)) != environment:
             teacher.columns, agent.columns = columns_of_both(teacher)
+        elif teacher.recurrent or agent.recurrent:  # the state of one follows the observations of both
+            teacher.columns = agent.columns = slice(0, None)
+        if teacher.recurrent and agent.recurrent:
+            raise UserError(f"{args.model} and {args.teacher} are both recurrent: leave out --teacher")
     for warning in (time_limit_warning(environment), *agent.warnings, *(teacher.warnings if teacher else ())):
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
@@ -85,7 +89,8 @@ def main() -> None:
     rows = {"episode": range(args.episodes), "return": played.returns.tolist(), "length": played.lengths.tolist()}
     write_predictions(args.predictions, {"test": rows})
     if args.video:
-        print(f"video: {write_video(greedy(agent.network()), shared, args.video, TEST_SEED)}")
+        act = in_one_episode(greedy(agent.network()), memory_of(agent.network()))
+        print(f"video: {write_video(act, shared, args.video, TEST_SEED)}")
 
 
 def settle_environments(args: Namespace) -> tuple[str, str]:

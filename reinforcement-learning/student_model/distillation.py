@@ -34,7 +34,7 @@ from kd.reinforcement_learning.student_model.arguments import DistillArguments
 from kd.reinforcement_learning.student_model.matching import policy_and_value
 from kd.reinforcement_learning.student_model.ppd import PPD, ppd_environments
 from kd.reinforcement_learning.student_model.student import StudentNetwork, StudentSpec, share_bodies
-from kd.reinforcement_learning.teacher_model.policies import greedy, sampling
+from kd.reinforcement_learning.teacher_model.policies import greedy, memory_of, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import Agent, Agents, train_from_reward
@@ -283,7 +283,7 @@ class Distillation:
         """Fits the keys of a bottleneck to observations of the teacher, as many as in one round of distillation."""
         if spec.args.codebooks:
             rollout_policy = sampling(spec.teacher.network, torch.Generator().manual_seed(self._seed))
-            with closing(Environments(spec.teacher.shared, self.args.num_envs, self._seed)) as environments:
+            with closing(self._environments(spec)) as environments:
                 observations = Recorder(environments).collect(rollout_policy, self._steps // self.args.rounds)
             StudentNetwork(model.policy, None, spec.columns).prepare(observations)
 
@@ -308,8 +308,12 @@ class Distillation:
 
         return self._stage(stage, name, build)
 
+    def _environments(self, spec: StudentSpec) -> Environments:
+        teacher = spec.teacher
+        return Environments(teacher.shared, self.args.num_envs, self._seed, memory=memory_of(teacher.network))
+
     def _task(self, spec: StudentSpec, model: PPO) -> DistillationTask:
-        environments = Environments(spec.teacher.shared, self.args.num_envs, self._seed)
+        environments = self._environments(spec)
         space = environments.observation_space
         dtype = torch.uint8 if space.dtype == "uint8" else torch.float32
         rows = min(self.args.buffer_size, self._steps + self.args.num_envs * self.args.rounds)

@@ -32,7 +32,7 @@ from kd.reinforcement_learning.data.rollouts import (
 )
 from kd.reinforcement_learning.data.specs import environment_code, fingerprint, registration_code
 from kd.reinforcement_learning.student_model.matching import joint, same_actions
-from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, greedy_actions, sampling
+from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, greedy_actions, memory_of, sampling
 from kd.reinforcement_learning.teacher_model.recipes import folder_name
 from kd.reinforcement_learning.teacher_model.run import PolicyRun
 from kd.reinforcement_learning.teacher_model.teacher import MODEL, Agent
@@ -74,10 +74,12 @@ def evaluate(
         network: the network of the ensemble; default: that of the agent.
     """
     network = agents[0].network() if network is None else network
-    played = play_in(environment, greedy(network), episodes, TEST_SEED)
+    memory = memory_of(teacher) or memory_of(network)
+    played = play_in(environment, greedy(network), episodes, TEST_SEED, memory)
     returns, observations = played.returns, played.observations
     generator = torch.Generator().manual_seed(0)
-    sampled, _ = returns_of(sampling(network, generator), environment, min(episodes, SAMPLED_EPISODES), TEST_SEED)
+    count = min(episodes, SAMPLED_EPISODES)
+    sampled, _ = returns_of(sampling(network, generator), environment, count, TEST_SEED, memory)
     metrics: dict[str, Any] = return_metrics(returns) | {"return_mean_sampled": float(sampled.mean())}
     metrics["episodes_sampled"] = len(sampled)
     constant = False

@@ -69,6 +69,8 @@ def load(name: str, task: str | None, vecnormalize: str | None = None) -> Export
     if task is None:
         raise UserError(f"the environment of {name} is unknown: pass --task, such as --task CartPole-v1")
     agent = load_agent(name, task, vecnormalize=vecnormalize)
+    if agent.recurrent:
+        raise UserError(f"{name} is recurrent, and its actions depend on earlier observations: export a student of it")
     policy = agent.policy.cpu()
     network = agent.network()
     with closing(Environments(task, 4, VALIDATION_SEED)) as environments:

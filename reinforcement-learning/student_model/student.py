@@ -55,8 +55,10 @@ class StudentSpec:
 
     @property
     def columns(self) -> slice | None:
-        """The student's part of the observations of `teacher.shared`."""
-        return columns_of_both(self.teacher.agent)[1] if self.environment != self.teacher.environment else None
+        """The student's part of the observations of `teacher.shared`. The state of a recurrent teacher follows."""
+        if self.environment != self.teacher.environment:
+            return columns_of_both(self.teacher.agent)[1]
+        return slice(0, None) if self.teacher.agent.recurrent else None
 
     def new(self, seed: int, environments: VecEnv | None = None, **keywords: Any) -> PPO:
         """An untrained student, initialized with `seed`, in `environments` (default: those of its recipe)."""
@@ -160,11 +162,12 @@ class StudentNetwork(PolicyNetwork):
     def __init__(
         self, policy: ActorCriticPolicy, statistics: ObservationStatistics | None, columns: slice | None = None
     ) -> None:
-        space, shape = policy.observation_space, policy.observation_space.shape or ()
-        if columns is not None or not isinstance(space, spaces.Box) or is_image_space(space):
-            statistics = None  # those of the teacher are for other observations
+        shape = policy.observation_space.shape or ()
         bottleneck = isinstance(policy.features_extractor, BottleneckFeatures)  # standardizes observations itself
-        self.fits = statistics is None and isinstance(space, spaces.Box) and not (bottleneck or is_image_space(space))
+        raw = bottleneck or is_image_space(policy.observation_space)
+        if raw or columns is not None:  # those of the teacher are for other observations
+            statistics = None
+        self.fits = statistics is None and not raw
         if self.fits:
             statistics = ObservationStatistics(np.zeros(shape), np.ones(shape), 0.0, math.inf)
         super().__init__(policy, statistics, columns)

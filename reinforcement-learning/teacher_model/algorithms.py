@@ -21,6 +21,7 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
 from kd.reinforcement_learning.teacher_model.networks import DirectPolicy
+from kd.reinforcement_learning.teacher_model.recurrent import RecurrentPolicy
 
 Weights = dict[str, Tensor]
 BATCH_RENORM_EPSILON = 1e-3  # the default of CrossQ
@@ -38,6 +39,7 @@ class Layout(NamedTuple):
 
 _TO_ACTIONS, _TO_VALUE = ("mlp_extractor.policy_net", "action_net"), ("mlp_extractor.value_net", "value_net")
 ACTOR_CRITIC = Layout(ActorCriticPolicy, nn.Tanh, "features_extractor", _TO_ACTIONS, _TO_VALUE)
+RECURRENT = ACTOR_CRITIC._replace(policy=RecurrentPolicy)
 Q_VALUES = Layout(DQNPolicy, nn.ReLU, "q_net.features_extractor", ("q_net.q_net",), ())
 GAUSSIAN = Layout(SACPolicy, nn.ReLU, "actor.features_extractor", ("actor.latent_pi", "actor.mu"), ("critic.qf0",))
 DETERMINISTIC = Layout(TD3Policy, nn.ReLU, "actor.features_extractor", ("actor.mu",), ("critic.qf0",))
@@ -149,6 +151,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "qrdqn": Algorithm(Q_VALUES, "n_quantiles", "qrdqn", convert=_mean_of_quantiles),
     "ars": Algorithm(DIRECT, "alive_bonus_offset", "ars", convert=_linear),
     "crossq": Algorithm(GAUSSIAN, "", "crossq", convert=_without_batch_renorm),
+    "recurrent ppo": Algorithm(RECURRENT, "_last_lstm_states", "recurrent", convert=_actor_critic),
     "maskable ppo": Algorithm(ACTOR_CRITIC, "", "maskable", convert=_actor_critic),
     "ppo": Algorithm(ACTOR_CRITIC, "clip_range", "", PPO, _actor_critic),
     "trpo": Algorithm(ACTOR_CRITIC, "cg_max_steps", "", A2C, _actor_critic),  # its policy is that of A2C
@@ -159,7 +162,6 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ddpg": Algorithm(DETERMINISTIC, "target_policy_noise", "", DDPG),
 }
 SUPPORTED = (
-    "supported are PPO, A2C, DQN, SAC, TD3 and DDPG, and TQC, QR-DQN, TRPO, ARS, CrossQ and MaskablePPO of sb3-contrib"
+    "supported are PPO, A2C, DQN, SAC, TD3 and DDPG, and TQC, QR-DQN, TRPO, ARS, CrossQ, MaskablePPO and RecurrentPPO "
+    "of sb3-contrib"
 )
-# Algorithms of sb3-contrib that are not supported: part of the module of their policy, name, and a setting.
-REFUSED = {"recurrent": ("RecurrentPPO", "_last_lstm_states")}

@@ -63,5 +63,5 @@ class BottleneckFeatures(BaseFeaturesExtractor):
 
 def moments(observations: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (...) of observations (rows, ...); a constant dimension keeps its scale."""
-    std, mean = torch.std_mean(observations, dim=0, correction=0)
+    std, mean = torch.std_mean(observations.float(), dim=0, correction=0)
     return mean, torch.where(std > 1e-6, std, 1.0)

@@ -15,6 +15,7 @@ from stable_baselines3.td3.policies import TD3Policy
 from torch import Tensor, nn
 
 from kd.common.outputs import Outputs
+from kd.reinforcement_learning.data.environments import Memory
 from kd.reinforcement_learning.teacher_model.networks import (
     ActorCritic,
     Deterministic,
@@ -23,6 +24,7 @@ from kd.reinforcement_learning.teacher_model.networks import (
     QValues,
     SquashedGaussian,
 )
+from kd.reinforcement_learning.teacher_model.recurrent import RecurrentActorCritic, RecurrentPolicy
 
 KERNELS = ((8, 4), (4, 2), (3, 1))  # sizes and strides of Mnih et al. 2015
 
@@ -70,6 +72,7 @@ class FrameFeatures(BaseFeaturesExtractor):
 
 
 NETWORKS: dict[type[BasePolicy], type[nn.Module]] = {
+    RecurrentPolicy: RecurrentActorCritic,  # before the class that it extends
     ActorCriticPolicy: ActorCritic,
     DQNPolicy: QValues,
     SACPolicy: SquashedGaussian,
@@ -81,8 +84,8 @@ UNSCALED = (QValues, DirectActions)  # their logits have the units of returns or
 
 class PolicyNetwork(nn.Module):
     """The network of a policy for raw observations (batch, ...), which shares the weights of the policy. Logits are
-    divided by `temperature`. With `columns` it uses only these of the observations, (batch, all columns). Raises
-    TypeError for an unknown kind of policy.
+    divided by `temperature`. With `columns` it uses only these of the observations, (batch, all columns). For a
+    recurrent policy the last columns are its state (see `memory`). Raises TypeError for an unknown kind of policy.
     """
 
     mean: Tensor | None
@@ -98,6 +101,9 @@ class PolicyNetwork(nn.Module):
         if network is None:
             raise TypeError(f"no network for a {type(policy).__name__}")
         self.network, self.temperature = network(policy), 1.0
+        self.state_size: int = getattr(self.network, "state_size", 0)
+        if self.state_size and columns is None:
+            self.columns = slice(0, math.prod(self.shape))
         clip = float("inf") if statistics is None else statistics.clip
         self.register_buffer("clip", torch.as_tensor(clip, dtype=torch.float32), persistent=False)
         for name in ("mean", "std"):
@@ -110,16 +116,41 @@ class PolicyNetwork(nn.Module):
 
     def part(self, observations: Tensor) -> Tensor:
         """The observations of this policy in those of a teacher and a student (see `StudentPart`)."""
-        return observations if self.columns is None else observations[:, self.columns].reshape(-1, *self.shape)
+        if self.columns is None:
+            return observations
+        return observations.flatten(1)[:, self.columns][:, : math.prod(self.shape)].reshape(-1, *self.shape)
+
+    @property
+    def memory(self) -> Memory | None:
+        """What a recurrent policy keeps of the steps before: `Environments` append it to the observations. None for
+        other policies.
+        """
+        return Memory(self.state_size, self._next_state) if self.state_size else None
+
+    @torch.inference_mode()
+    def _next_state(self, rows: Tensor) -> Tensor:
+        assert isinstance(self.network, RecurrentActorCritic)
+        rows = rows.to(self.device)
+        return self.network.next_state(self._inputs(rows), rows[:, -self.state_size :]).cpu()
+
+    def _inputs(self, observations: Tensor) -> Tensor:
+        """The observations of this policy, normalized."""
+        observations = self.part(observations)
+        if self.mean is None or self.std is None:
+            return observations
+        return ((observations - self.mean) / self.std).clamp(-self.clip, self.clip)
 
     def forward(self, observations: Tensor, value: bool = True) -> Outputs:
-        observations = self.part(observations)
-        if self.mean is not None and self.std is not None:
-            observations = ((observations - self.mean) / self.std).clamp(-self.clip, self.clip)
-        outputs: Outputs = self.network(observations, value=value)
+        state = {"state": observations[:, -self.state_size :]} if self.state_size else {}
+        outputs: Outputs = self.network(self._inputs(observations), value=value, **state)
         if outputs.logits is None or self.temperature == 1:
             return outputs
         return Outputs(logits=outputs.logits / self.temperature, features=outputs.features)
+
+
+def memory_of(network: nn.Module | None) -> Memory | None:
+    """The memory of a recurrent policy; None for other networks, such as an average of teachers."""
+    return network.memory if isinstance(network, PolicyNetwork) else None
 
 
 # ---- temperature and actions ----

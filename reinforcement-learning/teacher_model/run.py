@@ -13,7 +13,7 @@ from kd.common.training.run_folder import REPORT_FILES
 from kd.common.training.trackers import Trackers
 from kd.reinforcement_learning.data.environment_ids import student_environment
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, returns_of
-from kd.reinforcement_learning.teacher_model.policies import greedy
+from kd.reinforcement_learning.teacher_model.policies import greedy, memory_of
 from kd.reinforcement_learning.teacher_model.recipes import PolicyRunArguments, folder_name
 
 
@@ -38,7 +38,9 @@ class PolicyRun(Run):
         with self.timed("evaluation"):
             return {
                 self.curve_name(environment): float(
-                    returns_of(greedy(net), environment, self.args.eval_episodes, VALIDATION_SEED)[0].mean()
+                    returns_of(greedy(net), environment, self.args.eval_episodes, VALIDATION_SEED, memory_of(net))[
+                        0
+                    ].mean()
                 )
                 for environment, net in networks.items()
             }

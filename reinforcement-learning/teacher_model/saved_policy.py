@@ -21,6 +21,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from torch import Tensor, nn
 
 from kd.common.utils.errors import UserError
@@ -31,13 +32,14 @@ from kd.reinforcement_learning.teacher_model.algorithms import (
     DIRECT,
     GAUSSIAN,
     Q_VALUES,
-    REFUSED,
+    RECURRENT,
     SUPPORTED,
     Layout,
     Weights,
 )
 from kd.reinforcement_learning.teacher_model.bottleneck import BottleneckFeatures
 from kd.reinforcement_learning.teacher_model.policies import FrameFeatures
+from kd.reinforcement_learning.teacher_model.recurrent import RecurrentPolicy
 
 SAVED = "pass the zip that Stable-Baselines3 wrote with model.save"
 EXTRACTORS = {str(FrameFeatures), str(BottleneckFeatures)}  # of this project
@@ -63,6 +65,8 @@ def load_policy(
         policy = _unpickled_policy(path, unpickles, box, action_space)
     else:
         policy = _build_policy(path, name, data, weights, unpickles is not None, box, action_space)
+    if isinstance(policy, RecurrentPolicy) and is_image_space(box):
+        raise UserError(f"{path} is a recurrent policy for frames, which is not supported: pass one for vectors")
     policy.set_training_mode(False)
     return name, policy
 
@@ -70,7 +74,8 @@ def load_policy(
 def trained_with_vec_normalize(path: Path) -> bool:
     """Whether the zip of an on-policy algorithm records that it was trained with VecNormalize."""
     data, _ = read_model(path)
-    return ALGORITHMS[_algorithm(path, data)].layout is ACTOR_CRITIC and data.get("_last_original_obs") is not None
+    on_policy = ALGORITHMS[_algorithm(path, data)].layout in (ACTOR_CRITIC, RECURRENT)
+    return on_policy and data.get("_last_original_obs") is not None
 
 
 def read_model(path: Path) -> tuple[dict[str, Any], Weights]:
@@ -110,9 +115,6 @@ def _description(data: dict[str, Any], name: str) -> dict[str, Any]:
 def _algorithm(path: Path, data: dict[str, Any]) -> str:
     module = str(_description(data, "policy_class").get("__module__"))
     contrib = module if module.startswith("sb3_contrib") else ""
-    for part, (name, setting) in REFUSED.items():
-        if setting in data or part in contrib:
-            raise UserError(f"{path} was trained by {name} of sb3-contrib, which is not supported: {SUPPORTED}")
     rows = ALGORITHMS.items()
     found = next((name for name, row in rows if row.setting in data or (row.module and row.module in contrib)), None)
     if found is None or (contrib and not ALGORITHMS[found].module):
@@ -182,6 +184,8 @@ def _arguments(layout: Layout, data: dict[str, Any], weights: Weights) -> dict[s
         raise ValueError("a custom class")
     if "batch_norm_eps" in chosen:
         raise ValueError("a normalization with another epsilon than the default")
+    if chosen.get("lstm_kwargs"):
+        raise ValueError("an LSTM with other arguments than the default")
     activation = layout.activation
     if "activation_fn" in chosen:
         written = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", str(chosen["activation_fn"]))
@@ -212,12 +216,22 @@ def _networks(layout: Layout, weights: Weights) -> dict[str, Any]:
     actor, critic = _hidden_widths(weights, layout.actor), _hidden_widths(weights, layout.critic)
     if layout in (Q_VALUES, DIRECT):
         return {"net_arch": actor}
-    if layout is ACTOR_CRITIC:
+    if layout in (ACTOR_CRITIC, RECURRENT):
         extractors = [name for name in weights if name.startswith("vf_features_extractor.")]
         shared = all(torch.equal(weights[name], weights[name.replace("vf_", "pi_", 1)]) for name in extractors)
-        return {"net_arch": {"pi": actor, "vf": critic}, "share_features_extractor": shared}
+        lstms = _lstms(weights) if layout is RECURRENT else {}
+        return {"net_arch": {"pi": actor, "vf": critic}, "share_features_extractor": shared} | lstms
     critics = {name for name in weights if re.fullmatch(r"critic\.qf\d+\.0\.weight", name)}
     return {"net_arch": {"pi": actor, "qf": critic}, "n_critics": len(critics)}
+
+
+def _lstms(weights: Weights) -> dict[str, Any]:
+    """The sizes of the LSTMs of RecurrentPPO, and what precedes the critic's layers."""
+    layers = [name for name in weights if re.fullmatch(r"lstm_actor\.weight_ih_l\d+", name)]
+    own, linear = "lstm_critic.weight_ih_l0" in weights, "critic.weight" in weights
+    size = weights["lstm_actor.weight_hh_l0"].shape[1]
+    sizes = {"lstm_hidden_size": size, "n_lstm_layers": len(layers)}
+    return sizes | {"enable_critic_lstm": own, "shared_lstm": not (own or linear)}
 
 
 def _hidden_widths(weights: Weights, parts: tuple[str, ...]) -> list[int]:

@@ -32,6 +32,7 @@ from kd.reinforcement_learning.teacher_model.policies import (
     temperature_for_entropy,
 )
 from kd.reinforcement_learning.teacher_model.recipes import TeacherArguments, folder_name
+from kd.reinforcement_learning.teacher_model.recurrent import RecurrentPolicy
 from kd.reinforcement_learning.teacher_model.run import LogWriter, PolicyRun
 from kd.reinforcement_learning.teacher_model.saved_policy import load_policy, trained_with_vec_normalize
 from kd.reinforcement_learning.teacher_model.training import train
@@ -105,6 +106,10 @@ class Agent:
     def deterministic(self) -> bool:
         """Whether the policy has no distribution of Box actions, as in TD3, DDPG and ARS."""
         return isinstance(self.policy, TD3Policy | DirectPolicy) and isinstance(self.policy.action_space, spaces.Box)
+
+    @property
+    def recurrent(self) -> bool:
+        return isinstance(self.policy, RecurrentPolicy)
 
     def network(self) -> PolicyNetwork:
         """The network of the policy, which shares its weights, in eval mode on its device."""

@@ -13,6 +13,7 @@ from kd.common.utils.errors import UserError
 from kd.image_classification.student_model.methods import METHODS
 from kd.image_classification.teacher_model.classifier import new_classifier
 from kd_testing.image_pairs import Pair, copied, forward_both, noise
+from kd_testing.paths import REPO
 
 NAMES = sorted(METHODS)
 WITH_WEIGHTS = {  # methods with auxiliary parameters
@@ -123,6 +124,15 @@ def test_its_parameters_and_buffers_are_checkpointed(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_its_docstring_names_its_paper(name):
     assert re.search(r"arXiv:\d{4}\.\d{4,5}|(CVPR|ICLR) 20\d\d", str(METHODS[name].__doc__))
+
+
+def test_the_documents_count_and_list_all_methods():
+    text = (REPO / "image-classification" / "README.md").read_text()
+    assert all(f"SimKD{words} {len(METHODS)} other methods" in file for words, file in (
+        (",", text), (" with all its projectors, and", (REPO / "README.md").read_text())
+    ))  # fmt: skip
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert set(METHODS) <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
 
 
 def test_arguments_are_checked():

@@ -414,23 +414,6 @@ def test_unsupported_policies_raise_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "module", "setting"),
-    [
-        ("RecurrentPPO", "sb3_contrib.ppo_recurrent.policies", {}),
-        ("RecurrentPPO", "sb3_contrib.common.recurrent.policies", {}),
-    ],
-)
-def test_error_names_the_algorithm_of_sb3_contrib(tmp_path: Path, algorithm: str, module: str, setting: dict) -> None:
-    def change(data: dict[str, Any], _: Any) -> None:
-        data["policy_class"]["__module__"] = module
-        data.update(setting)
-
-    message = error_of(load_policy, edited(saved(tmp_path, PPO), change), *spaces_of("CartPole-v1"))
-    assert f"was trained by {algorithm} of sb3-contrib, which is not supported" in message
-    assert "PPO, A2C, DQN, SAC, TD3 and DDPG" in message
-
-
-@pytest.mark.parametrize(
     ("agent", "environment", "expected"),
     [
         ("ppo/Swimmer-v3_1", "Swimmer-v5", "trained in time_feature: pass --environment Swimmer-v5+time_feature"),

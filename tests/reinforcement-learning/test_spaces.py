@@ -9,12 +9,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode
 from sb3_contrib import QRDQN, TQC, TRPO, CrossQ, MaskablePPO
-from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -33,7 +34,10 @@ from kd.reinforcement_learning.student_model.matching import joint
 from kd.reinforcement_learning.student_model.ppd import PPD, _distribution
 from kd.reinforcement_learning.teacher_model.files import TeacherFiles
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy, sampled_actions
+from kd.reinforcement_learning.teacher_model.recipes import training_recipe
+from kd.reinforcement_learning.teacher_model.saved_policy import _check_space
 from kd.reinforcement_learning.teacher_model.teacher import Agent
+from kd.reinforcement_learning.teacher_model.training import new_teacher
 from kd_testing.known_answer import KnownAnswerSpaces
 from kd_testing.paths import REPO
 from kd_testing.readmes import run_readme, run_readme_alone
@@ -68,11 +72,12 @@ def test_vectors_are_those_of_stable_baselines3(kind, mode):
     observations, _ = original.reset(seed=7)
     assert environments.original_space == original.single_observation_space == SPACES[kind]
     space = environments.observation_space
-    assert space == box_space(SPACES[kind]) and space.dtype == np.float32 and len(space.shape) == 1
+    assert space == box_space(SPACES[kind]) and len(space.shape) == 1
+    assert space.dtype == (np.float32 if kind == "Dict" else np.uint8)
     for _ in range(25):
         expected = extracted(SPACES[kind], observations)
         np.testing.assert_array_equal(environments.observations, expected)
-        assert environments.observations.dtype == np.float32
+        assert environments.observations.dtype == space.dtype
         assert all(row in space for row in environments.observations)
         actions = original.action_space.sample()
         step = environments.step(actions)
@@ -211,6 +216,27 @@ def test_loaded_policy_acts_as_in_stable_baselines3(algorithm, kind, actions, tm
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("continuous", [False, True])
+def test_agents_of_goals_act_as_in_stable_baselines3(continuous, tmp_path):
+    """Hindsight experience replay, with Dict observations of a goal."""
+    environment = BitFlippingEnv(n_bits=4, continuous=continuous)
+    chosen: Any = SAC if continuous else DQN
+    kwargs = {
+        "replay_buffer_class": HerReplayBuffer,
+        "buffer_size": 100,
+        "policy_kwargs": dict(SMALL),
+        "device": "cpu",
+    }
+    model = chosen("MultiInputPolicy", environment, **kwargs)
+    model.save(tmp_path / "model.zip")
+    agent = Agent.load(TeacherFiles(tmp_path / "model.zip", None), environment.observation_space, model.action_space)
+    for _ in range(8):
+        observation = environment.observation_space.sample()
+        rows = np.concatenate([observation[key] for key in ("achieved_goal", "desired_goal", "observation")])
+        ours = greedy(agent.network())(torch.as_tensor(rows, dtype=torch.float32)[None])[0]
+        np.testing.assert_allclose(ours, model.predict(observation, deterministic=True)[0], atol=1e-5)
+
+
 def test_statistics_of_keys_are_those_of_vec_normalize(tmp_path):
     """With statistics of one key, as saved by the environment, and the clip reached."""
     environments = VecNormalize(original("Dict", "Discrete"), norm_obs_keys=["position"], clip_obs=0.5)
@@ -227,6 +253,24 @@ def test_statistics_of_keys_are_those_of_vec_normalize(tmp_path):
     torch.testing.assert_close(logits.log_softmax(-1), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{'a': Discrete(3), 'goal': Box([-1. -1.], [1.\n 1.], (2,), float32), 'm': MultiDiscrete([2 3])}",
+        "OrderedDict([('a', Discrete(3)), ('goal', Box(-1.0, 1.0, (2,), float32)), ('m', MultiDiscrete([2 3]))])",
+        "OrderedDict([('a', Discrete(3)), ('goal', Box(2,)), ('m', MultiDiscrete([2 3]))])",
+    ],
+    ids=["gymnasium", "gym", "old gym"],
+)
+def test_written_dicts_of_all_versions_are_compared(written):
+    space = Dict({"m": MultiDiscrete([2, 3]), "goal": Box(-9, 9, (2,)), "a": Discrete(3)})
+    saved = {":type:": "<class 'gym.spaces.dict.Dict'>", "spaces": written}
+    _check_space(Path("model.zip"), "observations", saved, space)
+    for other in Dict({**space, "goal": Box(-9, 9, (3,))}), Dict({**space, "m": MultiDiscrete([3, 3])}):
+        with pytest.raises(UserError, match="was trained for observations Dict a: Discrete"):
+            _check_space(Path("model.zip"), "observations", saved, other)
+
+
 def test_agent_of_other_keys_raises_an_error(tmp_path):
     untrained("ppo", "Dict", "Discrete").save(tmp_path / "model.zip")
     spaces = {
@@ -239,6 +283,23 @@ def test_agent_of_other_keys_raises_an_error(tmp_path):
         Agent.load(TeacherFiles(tmp_path / "model.zip", None), Dict(spaces), Discrete(3))
     with pytest.raises(UserError, match=r"observations Dict .* but the environment has Discrete 6"):
         load(tmp_path / "model.zip", "Discrete", "Discrete")
+
+
+@pytest.mark.parametrize("kind", ["Dict", "Discrete"])
+def test_teacher_with_vec_normalize_is_trained_and_loaded(kind, tmp_path):
+    """Its zip and its statistics are those of the vector."""
+    changes = {"steps": 32, "environments": 2, "n_steps": 8, "batch_size": 8, "normalize": True}
+    model = new_teacher(f"{kind}Discrete-v0", training_recipe("ppo", "Any-v0", changes), seed=0)
+    model.learn(32)
+    agent = Agent.trained("teacher", model)
+    agent.save_pretrained(tmp_path)
+    again = load(tmp_path / "model.zip", kind, "Discrete", tmp_path / "vecnormalize.pkl")
+    rows = as_box(kind, sampled(kind))
+    logits = agent.network()(rows).logits
+    torch.testing.assert_close(again.network()(rows).logits, logits)
+    normalized = torch.as_tensor(model.get_vec_normalize_env().normalize_obs(rows.numpy()))
+    expected = model.policy.get_distribution(normalized).distribution.logits
+    torch.testing.assert_close(logits.log_softmax(-1), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SPACES)
@@ -364,7 +425,9 @@ def test_ppd_without_teacher_weight_is_ppo(actions):
 )
 def test_export_maps_original_observations_to_the_actions_of_predict(kind, actions, format, tmp_path, capsys):
     model = untrained("ppo", kind, actions)
-    torch.nn.init.normal_(model.policy.action_net.weight)
+    for weight in model.policy.parameters():  # so that the actions depend on the observations
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight)
     model.save(tmp_path / "model.zip")
     task = f"kd_testing.known_answer:{kind}{actions}-v0"
     words = ["--domain", "reinforcement-learning", "--task", task, "--format", format]
@@ -415,7 +478,7 @@ def test_student_of_a_run_acts_on_the_original_observations(kind, actions, words
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(REPO / "tests"))
     environment, modules = f"{kind}{actions}-v0", ["--import_module", "kd_testing.known_answer"]
-    results = distill("--environment", environment, *modules, *TEACHER, *words)
+    results = distill("--environment", environment, "--student", 16, *modules, *TEACHER, *words)
     test = results["models"]["student"]["metrics"]["test"]
     assert 0 < test["agreement"] <= 1 and (test["kl"] >= 0 or actions == "Box")
     student = PPO.load("run/student/student.zip", original(kind, actions), device="cpu")
@@ -434,3 +497,21 @@ def test_student_of_a_run_acts_on_the_original_observations(kind, actions, words
         run_readme_alone(Path("run/student"), f"assert actions.shape == {(1, *acting.shape[1:])}")
     elif "--codebooks" not in words:
         assert run_readme(Path("run/student"))["actions"].shape == (1, *acting.shape[1:])
+
+
+@pytest.mark.slow
+def test_grid_of_gymnasium_from_the_teacher_to_a_video(tmp_path, monkeypatch):
+    """With a DQN, of which the student is a table: one logit for each state and action."""
+    monkeypatch.chdir(tmp_path)
+    changes = '{"environments": 4, "buffer_size": 1000, "learning_starts": 100, "policy_kwargs": {"net_arch": [16]}}'
+    words = ["--algorithm", "dqn", "--teacher_steps", 600, "--hyperparameters", changes, "--no_control"]
+    results = distill("--environment", "FrozenLake-v1", *words, "--student", "--student_value", "--learning_rate", 0.1)
+    models = results["models"]
+    assert models["student"]["parameters"] == 16 * 4 + 4 + 16 + 1
+    assert models["student"]["metrics"]["test"]["agreement"] > 0.9
+    student = PPO.load("run/student/student.zip", device="cpu")
+    teacher = DQN.load("run/stages/teacher/FrozenLake-v1/model.zip", device="cpu")
+    assert student.observation_space == teacher.observation_space == Discrete(16)
+    assert run_readme(Path("run/student"))["actions"].shape == (1,)
+    run_script("reinforcement-learning/scripts/evaluate.py", "run", "--episodes", 2, "--video", "lake.gif")
+    assert Path("lake.gif").stat().st_size > 0

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from sb3_contrib import MaskablePPO, RecurrentPPO
+from sb3_contrib import MaskablePPO
 from sb3_contrib.common.wrappers import TimeFeatureWrapper
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
@@ -304,16 +304,6 @@ def test_masks_of_an_environment_are_not_ignored(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "masked", module)
     with pytest.raises(UserError, match="with the action masks of .*Masked, which are not applied here: pass"):
         load_agent(str(path), "CartPole-v1+masked:Masked")
-
-
-def test_recurrent_teacher_is_refused(tmp_path: Path) -> None:
-    RecurrentPPO("MlpLstmPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu").save(
-        path := tmp_path / "a.zip"
-    )
-    with pytest.raises(
-        UserError, match="trained by RecurrentPPO of sb3-contrib, which is not supported: supported are"
-    ):
-        load_agent(str(path), "CartPole-v1")
 
 
 # Published agents: environment, mean and standard deviation of the returns in ../shared/agents/README.md
