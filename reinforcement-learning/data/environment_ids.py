@@ -24,7 +24,12 @@ from typing import Any, NamedTuple
 Part = tuple[str, dict[str, Any]]  # name and arguments
 
 _HERE = "kd.reinforcement_learning.data.wrappers"
-WRAPPERS = {"time_feature": f"{_HERE}:TimeFeature", "frame_stack": f"{_HERE}:FrameStack", "select": f"{_HERE}:Select"}
+WRAPPERS = {
+    "time_feature": f"{_HERE}:TimeFeature",
+    "frame_stack": f"{_HERE}:FrameStack",
+    "mask": f"{_HERE}:Mask",
+    "select": f"{_HERE}:Select",
+}
 TEACHER_PART, STUDENT_PART = "teacher_part", "student_part"
 _PARTS = {TEACHER_PART: f"{_HERE}:TeacherPart", STUDENT_PART: f"{_HERE}:StudentPart"}
 ENTRY_POINTS = WRAPPERS | _PARTS

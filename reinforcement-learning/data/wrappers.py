@@ -69,6 +69,20 @@ class FrameStack(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
         return self.stack
 
 
+class Mask(gym.ObservationWrapper[np.ndarray, Any, np.ndarray]):
+    """Sets the numbers at some `indices` of a vector to 0, as MaskVelocityWrapper of rl-baselines3-zoo does."""
+
+    def __init__(self, env: gym.Env, indices: Sequence[int]) -> None:
+        super().__init__(env)
+        self.kept = np.ones_like(_box(env, "mask", 1).low)
+        if not set(indices) <= set(range(len(self.kept))):
+            raise UserError(f"mask takes indices from 0 to {len(self.kept) - 1}, not {indices}")
+        self.kept[list(indices)] = 0
+
+    def observation(self, observation: np.ndarray) -> np.ndarray:
+        return observation * self.kept
+
+
 class Select(gym.ObservationWrapper[Any, Any, Any]):
     """Some `indices` of a vector, or some `keys` of a Dict: a Dict again, or the value of a single key."""
 

@@ -8,8 +8,9 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 out=runs/reinforcement-learning/zoo
 
 # The share of the teacher's actor that the student may have: 5 % if the actor has more than 5,000 parameters, else 10 %.
-# The policy of ARS is linear, so its student is linear, too. Robots need more steps and updates than the other tasks.
-robot="--steps 50_000 --updates 800"
+# The policy of ARS is linear, so its student is linear, too. Robots, and the greedy policy of a DQN, need more steps and
+# updates than the other tasks.
+long="--steps 50_000 --updates 800"
 agents="
 qrdqn/CartPole-v1_1            --student_share 0.05
 ppo/Acrobot-v1_1               --student_share 0.1
@@ -20,17 +21,17 @@ ppo/Pendulum-v1_1              --student_share 0.1
 sac/Pendulum-v1_1              --student_share 0.1
 ppo/LunarLander-v2_1           --student_share 0.1
 a2c/LunarLander-v2_1           --student_share 0.1
-dqn/LunarLander-v2_1           --student_share 0.05
+dqn/LunarLander-v2_1           --student_share 0.05 $long
 trpo/LunarLanderContinuous-v2_1 --student_share 0.1
-ppo/BipedalWalker-v3_1         --student_share 0.05 $robot
-ars/Swimmer-v3_1               --student --loss mse $robot
-trpo/Swimmer-v3_1              --student_share 0.1 $robot
-tqc/Hopper-v3_1                --student_share 0.05 $robot
-ppo/Hopper-v3_1                --student_share 0.05 $robot
-tqc/HalfCheetah-v3_1           --student_share 0.05 $robot
-sac/HalfCheetah-v3_1           --student_share 0.05 $robot
-trpo/Walker2d-v3_1             --student_share 0.05 $robot
-ppo/Walker2d-v3_1              --student_share 0.05 $robot
+ppo/BipedalWalker-v3_1         --student_share 0.05 $long
+ars/Swimmer-v3_1               --student --loss mse $long
+trpo/Swimmer-v3_1              --student_share 0.1 $long
+tqc/Hopper-v3_1                --student_share 0.05 $long
+ppo/Hopper-v3_1                --student_share 0.05 $long
+tqc/HalfCheetah-v3_1           --student_share 0.05 $long
+sac/HalfCheetah-v3_1           --student_share 0.05 $long
+trpo/Walker2d-v3_1             --student_share 0.05 $long
+ppo/Walker2d-v3_1              --student_share 0.05 $long
 "
 
 [ $# -gt 0 ] || { echo "error: pass the folder of the agents first, a clone of rl-trained-agents" >&2; exit 2; }

@@ -230,6 +230,8 @@ def _min_value(values: tuple[Tensor, ...]) -> Tensor:
 
 
 def _preprocess(policy: BasePolicy, observations: Tensor) -> Tensor:
+    if isinstance(policy.observation_space, spaces.Box) and observations.ndim == 2:
+        return observations.float()  # what preprocess_obs does with vectors, after slower checks
     prepared = preprocess_obs(observations, policy.observation_space, normalize_images=policy.normalize_images)
     assert isinstance(prepared, Tensor)
     return prepared

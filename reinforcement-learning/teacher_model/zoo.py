@@ -21,12 +21,15 @@ from kd.reinforcement_learning.data.environment_ids import EnvironmentId, Part, 
 from kd.reinforcement_learning.data.specs import current_id
 
 CONFIG, ARGS = "config.yml", "args.yml"
-ID = re.compile(r"(?:(?:ppo|a2c|dqn|sac|td3|ddpg|trpo|tqc|qrdqn|ars)-)?([A-Za-z][\w-]*-v\d+)(?:_\d+)?")
+ID = re.compile(r"(?:(?:ppo|ppo_lstm|a2c|dqn|sac|td3|ddpg|trpo|tqc|qrdqn|ars)-)?([A-Za-z][\w-]*-v\d+)(?:_\d+)?")
 # Wrappers of sb3-contrib, of rl-baselines3-zoo and of Stable-Baselines3: name here, and the names of their arguments.
 WRAPPERS = {
     "TimeFeatureWrapper": ("time_feature", {"max_steps": "max_steps", "test_mode": "test_mode"}),
     "VecFrameStack": ("frame_stack", {"n_stack": "n"}),
 }
+# Environments that rl-baselines3-zoo registers without velocities, such as CartPoleNoVel-v1: the indices that are 0.
+WITHOUT_VELOCITIES = {"CartPole": [1, 3], "MountainCar": [1], "MountainCarContinuous": [1], "Pendulum": [2]}
+WITHOUT_VELOCITIES |= {"LunarLander": [2, 3, 5], "LunarLanderContinuous": [2, 3, 5]}
 ATARI = ("AtariWrapper", "VecFrameStack")  # the Atari environments of this project preprocess in the same way
 
 
@@ -65,6 +68,10 @@ def read_training(policy: Path, folders: Iterable[Path], atari: bool = False) ->
         settings = read_settings(path)
         wrappers, unknown = _wrappers(settings, atari or bool(re.search(r"NoFrameskip|^ALE", str(environment))))
         normalized = path if _normalizes_observations(settings) else None
+    hidden = re.fullmatch(r"(\w+)NoVel(-v\d+)", str(environment))
+    if hidden and hidden[1] in WITHOUT_VELOCITIES:
+        environment = hidden[1] + hidden[2]
+        wrappers.insert(0, ("mask", {"indices": WITHOUT_VELOCITIES[hidden[1]]}))
     return Training(environment, kwargs, tuple(wrappers), tuple(unknown), normalized, source)
 
 

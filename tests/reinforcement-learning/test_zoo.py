@@ -127,7 +127,7 @@ def test_wrapper_errors_name_the_cure(tmp_path: Path, monkeypatch: pytest.Monkey
             Environments(id, 1)
         return str(caught.value)
 
-    assert "unknown wrapper time_features: pass time_feature, frame_stack, select or" in error_of(
+    assert "unknown wrapper time_features: pass time_feature, frame_stack, mask, select or" in error_of(
         "CartPole-v1+time_features"
     )
     assert "no module nowhere_at_all" in error_of("CartPole-v1+nowhere_at_all:Wrapper")
@@ -192,6 +192,27 @@ def test_settings_of_the_zoo(tmp_path: Path) -> None:
     config = "env_wrapper: [stable_baselines3.common.atari_wrappers.AtariWrapper]\nframe_stack: 4"
     folder = agent(tmp_path / "atari", "PongNoFrameskip-v4", config)
     assert find_teacher(str(folder), "ALE/Pong-v5") is not None
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected", "zeros"),
+    [
+        ("CartPoleNoVel-v1", 'CartPole-v1+mask{"indices": [1, 3]}', [1, 3]),
+        ("LunarLanderNoVel-v2", 'LunarLander-v3+mask{"indices": [2, 3, 5]}', [2, 3, 5]),
+    ],
+)
+def test_environments_of_the_zoo_without_velocities(
+    tmp_path: Path, environment: str, expected: str, zeros: list[int]
+) -> None:
+    folder = agent(tmp_path, environment, args=f"env: {environment}")
+    id, _ = environment_of(str(folder), None, EnvironmentArguments())
+    assert id == expected
+    masked = Environments(id, 2, seed=1).observations
+    others = [index for index in range(masked.shape[1]) if index not in zeros]
+    selected = Environments(f'{parse_id(id).name}+select{{"indices": {others}}}', 2, seed=1).observations
+    assert (masked[:, zeros] == 0).all() and np.array_equal(masked[:, others], selected)
+    with pytest.raises(UserError, match="mask takes indices from 0 to 3, not \\[4\\]"):
+        Environments('CartPole-v1+mask{"indices": [4]}', 1)
 
 
 def test_environment_by_name(tmp_path: Path) -> None:
