@@ -264,8 +264,9 @@ def args_of_share(args: StudentArguments, environment: str, observed: str, teach
     """The arguments with the widths of --student_share, if it is set. `observed`: the environment of the student."""
     if args.student_share is None:
         return args
-    with closing(Environments(environment, 1)) as environments:
-        size = actor_parameters(PolicyNetwork(teacher), torch.as_tensor(environments.observations))
+    network = PolicyNetwork(teacher)
+    with closing(Environments(environment, 1, memory=network.memory)) as environments:
+        size = actor_parameters(network, torch.as_tensor(environments.observations))
     with closing(training_environments(observed, 1, 0)) as environments:
         student = new_student(environments, args, training_recipe("ppo", environment), seed=0).policy
     assert isinstance(student.action_net, nn.Linear)

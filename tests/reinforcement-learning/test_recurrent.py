@@ -145,8 +145,11 @@ def test_a_student_of_a_recurrent_teacher(tmp_path, monkeypatch):
         assert {"agreement", "kl"} <= models[role]["metrics"]["test"].keys()
     assert PPO.load("run/student/student.zip", device="cpu").observation_space.shape == (6,)
 
-    run_script(DISTILL, *short, "--no_control", "--output_dir", "same")
+    run_script(DISTILL, *short, "--no_control", "--student_share", 0.05, "--output_dir", "same")
     models = read_json("same/results.json")["models"]
+    # Without the critic: the LSTM with four gates, two layers of 64 and the last one.
+    assert models["teacher"]["actor_parameters"] == 4 * 8 * (2 + 8 + 2) + 9 * 64 + 65 * 64 + 65 * 2
+    assert models["student"]["actor_parameters"] <= 0.05 * models["teacher"]["actor_parameters"]
     words = ["--environment", HIDDEN, "--episodes", 12, "--json", "again.json"]
     run_script(EVALUATE, "same/student/student.zip", *words, "--teacher", "teacher.zip")
     again, test = read_json("again.json")["metrics"]["test"], models["student"]["metrics"]["test"]
