@@ -425,8 +425,9 @@ def test_ppd_without_teacher_weight_is_ppo(actions):
 )
 def test_export_maps_original_observations_to_the_actions_of_predict(kind, actions, format, tmp_path, capsys):
     model = untrained("ppo", kind, actions)
-    for weight in model.policy.parameters():  # so that the actions depend on the observations
-        if weight.dim() > 1:
+    layers = "action_net" if kind == "frames" else ("action_net", "mlp_extractor.policy_net")
+    for name, weight in model.policy.named_parameters():  # so that the actions depend on the observations
+        if name.startswith(layers) and name.endswith("weight"):
             torch.nn.init.normal_(weight)
     model.save(tmp_path / "model.zip")
     task = f"kd_testing.known_answer:{kind}{actions}-v0"
