@@ -239,7 +239,7 @@ def rows_of(environment: str, goal: float, runs: dict[str, list[Figures]]) -> li
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--teacher", default=TEACHER, help="Zip file or folder of a CartPole PPO.")
+    parser.add_argument("--teacher", default=TEACHER, help="Zip file or folder of a CartPole PPO, or none.")
     parser.add_argument("--halfcheetah_teacher", help="Zip file or folder of a HalfCheetah agent, such as a TQC.")
     parser.add_argument("--imitation_python", help="Python interpreter with imitation_requirements.txt installed.")
     parser.add_argument("--repetitions", type=int, default=5, help="Number of repetitions, each with another seed.")
@@ -251,7 +251,7 @@ def main() -> None:
     figures: Figures = {"versions": {name: version(name) for name in names}}
     rows: list[list[str]] = []
     for task, name in ((CARTPOLE, args.teacher), (HALFCHEETAH, args.halfcheetah_teacher)):
-        if name:
+        if name and name != "none":
             teacher = load_agent(name, task.environment)
             found = figures[task.environment] = measure(task, teacher, args.imitation_python, args.repetitions)
             rows += rows_of(task.environment, found["about"]["goal"], found["runs"])
