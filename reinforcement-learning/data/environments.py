@@ -188,7 +188,7 @@ def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[
     """Uses the environment's vector entry point if it has one that supports the autoreset mode and has Box
     observations.
     """
-    given = env_kwargs
+    passed = env_kwargs
     env_kwargs = time_limit(spec) | env_kwargs
     vectorized = spec.vector_entry_point
     if vectorized and "max_episode_steps" in env_kwargs and "max_episode_steps" not in _parameters(vectorized):
@@ -209,7 +209,7 @@ def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[
     if is_box(vector.single_observation_space) or spec.entry_point is None:
         return vector
     vector.close()
-    return _make(replace(spec, vector_entry_point=None), count, autoreset, given)
+    return _make(replace(spec, vector_entry_point=None), count, autoreset, passed)
 
 
 def _parameters(entry_point: Any) -> set[str]:
