@@ -57,12 +57,14 @@ class Clock:
         self.since = time.process_time()
 
 
-def new_policy(environments: VecEnv, policy: list[int], value: list[int]) -> ActorCriticPolicy:
-    spaces = environments.observation_space, environments.action_space
-    return ActorCriticPolicy(*spaces, lr_schedule=lambda _: 0.0, net_arch={"pi": policy, "vf": value})
+def new_policy(
+    environments: VecEnv, policy: list[int], value: list[int], activation: type[torch.nn.Module] = torch.nn.Tanh
+) -> ActorCriticPolicy:
+    spaces, widths = (environments.observation_space, environments.action_space), {"pi": policy, "vf": value}
+    return ActorCriticPolicy(*spaces, lr_schedule=lambda _: 0.0, net_arch=widths, activation_fn=activation)
 
 
-def load_teacher(path: str, environments: VecEnv) -> BasePolicy:
+def load_teacher(path: str, activation: str, environments: VecEnv) -> BasePolicy:
     weights = {name: torch.as_tensor(array) for name, array in np.load(path).items()}
     actor = {name.removeprefix("actor."): weight for name, weight in weights.items() if name.startswith("actor.")}
     parts = ("latent_pi",) if actor else ("mlp_extractor.policy_net", "mlp_extractor.value_net")
@@ -71,7 +73,7 @@ def load_teacher(path: str, environments: VecEnv) -> BasePolicy:
         for part in parts
     ]
     if not actor:
-        policy = new_policy(environments, *widths)
+        policy = new_policy(environments, *widths, getattr(torch.nn, activation))
         policy.load_state_dict(weights)
         return policy
     spaces = environments.observation_space, environments.action_space
@@ -129,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="npz file with the state dict of the teacher.")
     parser.add_argument("--environment", default="CartPole-v1", help="Gymnasium environment.")
+    parser.add_argument("--activation", default="Tanh", help="Activation of the teacher, if it is a PPO.")
     parser.add_argument("--student", type=int, nargs="+", default=[16, 16], help="Hidden widths of the student.")
     parser.add_argument("--episodes", type=int, default=20, help="Number of episodes of an evaluation.")
     args = parser.parse_args()
@@ -137,7 +140,7 @@ def main() -> None:
     responses = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         evaluation = make_vec_env(args.environment, args.episodes, seed=EVALUATION_SEED)
-        teacher = load_teacher(args.teacher, evaluation)
+        teacher = load_teacher(args.teacher, args.activation, evaluation)
         mean_return = float(evaluate_policy(teacher, evaluation, args.episodes, deterministic=True, warn=False)[0])
         packages = ("imitation", "stable-baselines3", "gymnasium", "torch", "numpy")
         versions = {name: importlib.metadata.version(name) for name in packages}

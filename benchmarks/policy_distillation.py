@@ -1,7 +1,7 @@
 """Compares distilling a policy with this project, the usual Stable-Baselines3 loop and `imitation` (BC and DAgger).
 
     python benchmarks/policy_distillation.py --imitation_python imitation-venv/bin/python --json figures.json
-    python benchmarks/policy_distillation.py --halfcheetah_teacher rl-trained-agents/tqc/HalfCheetah-v3_1
+    python benchmarks/policy_distillation.py --halfcheetah_teacher rl-trained-agents/ppo/HalfCheetah-v3_1
 
 CPU time until a student's mean greedy return reaches 95 % of its teacher's. It includes creating environments and
 student, collecting and fitting, but not the evaluation after each round (BC: after each epoch). All implementations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import chain, islice, repeat
@@ -41,7 +41,7 @@ from kd.reinforcement_learning.data.environments import Environments, training_e
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Observations, Recorder, returns_of
 from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
 from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
-from kd.reinforcement_learning.student_model.student import StudentNetwork, new_student
+from kd.reinforcement_learning.student_model.student import StudentNetwork, fold_input, new_student
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork, greedy
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd.reinforcement_learning.teacher_model.teacher import Agent, load_agent
@@ -159,6 +159,8 @@ class Imitation:
             np.savez(Path(folder, "teacher.npz"), **arrays)
             words = [str(Path(__file__).with_name("imitation_worker.py")), "--environment", task.environment]
             words += ["--teacher", str(Path(folder, "teacher.npz")), "--episodes", str(task.episodes)]
+            if isinstance(teacher.policy, ActorCriticPolicy):
+                words += ["--activation", teacher.policy.activation_fn.__name__]
             self.process = subprocess.Popen(
                 [python, *words, "--student", *map(str, task.student)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
@@ -197,12 +199,21 @@ def implementations(task: Task, teacher: Agent, peer: Imitation | None) -> dict[
     return found
 
 
+def for_raw_observations(teacher: Agent) -> Agent:
+    """The teacher with its normalization of observations, without clipping, in the first layers: all implementations
+    observe what the environment returns.
+    """
+    if teacher.statistics is None:
+        return teacher
+    if not isinstance(teacher.policy, ActorCriticPolicy):
+        raise UserError(f"{teacher.name} has statistics of observations and is no actor-critic: pass another teacher")
+    fold_input(teacher.policy, *(torch.as_tensor(part) for part in (teacher.statistics.mean, teacher.statistics.std)))
+    return replace(teacher, statistics=None)
+
+
 def measure(task: Task, teacher: Agent, python: str | None, repetitions: int) -> Figures:
     """Figures of each implementation: a list of runs, each with another seed."""
-    if teacher.statistics is not None:
-        raise UserError(
-            f"{teacher.name} has statistics of observations, which `imitation` does not apply: pass another"
-        )
+    teacher = for_raw_observations(teacher)
     returns, _ = returns_of(greedy(teacher.network()), task.environment, task.episodes, VALIDATION_SEED)
     peer = Imitation(python, task, teacher) if python else None
     goal, found = SHARE * float(returns.mean()), implementations(task, teacher, peer)
@@ -239,8 +250,8 @@ def rows_of(environment: str, goal: float, runs: dict[str, list[Figures]]) -> li
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--teacher", default=TEACHER, help="Zip file or folder of a CartPole PPO.")
-    parser.add_argument("--halfcheetah_teacher", help="Zip file or folder of a HalfCheetah agent, such as a TQC.")
+    parser.add_argument("--teacher", default=TEACHER, help="Zip file or folder of a CartPole PPO, or none.")
+    parser.add_argument("--halfcheetah_teacher", help="Zip file or folder of a HalfCheetah agent.")
     parser.add_argument("--imitation_python", help="Python interpreter with imitation_requirements.txt installed.")
     parser.add_argument("--repetitions", type=int, default=5, help="Number of repetitions, each with another seed.")
     parser.add_argument("--json", help="File to which all figures are also written.")
@@ -251,7 +262,7 @@ def main() -> None:
     figures: Figures = {"versions": {name: version(name) for name in names}}
     rows: list[list[str]] = []
     for task, name in ((CARTPOLE, args.teacher), (HALFCHEETAH, args.halfcheetah_teacher)):
-        if name:
+        if name and name != "none":
             teacher = load_agent(name, task.environment)
             found = figures[task.environment] = measure(task, teacher, args.imitation_python, args.repetitions)
             rows += rows_of(task.environment, found["about"]["goal"], found["runs"])

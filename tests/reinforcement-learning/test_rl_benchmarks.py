@@ -3,11 +3,14 @@
 import math
 import runpy
 
+import numpy as np
 import pytest
+import torch
 from stable_baselines3 import PPO
 
 from kd.reinforcement_learning.student_model.arguments import DistillArguments
-from kd.reinforcement_learning.teacher_model.teacher import load_agent
+from kd.reinforcement_learning.teacher_model.policies import ObservationStatistics
+from kd.reinforcement_learning.teacher_model.teacher import Agent, load_agent
 from kd_testing.paths import REPO
 
 DISTILLATION, COLLECTION = (
@@ -27,6 +30,18 @@ def test_implementations_stop_at_the_goal_and_after_the_last_round(environment, 
         assert reached["seconds"] > 0 and exhausted["seconds"] > 0
     rows = DISTILLATION["rows_of"](environment, -math.inf, {"one": [reached], "other": [reached | {"seconds": 1e9}]})
     assert [row[6] for row in rows] == ["1 of 1", "1 of 1"] and float(rows[1][5]) > 1 == float(rows[0][5])
+
+
+def test_normalization_of_the_teacher_is_folded_for_all_implementations():
+    policy = PPO("MlpPolicy", "CartPole-v1", n_steps=8, batch_size=8, device="cpu").policy
+    statistics = ObservationStatistics(np.array([0.1, 0.2, 0.3, 0.4]), np.array([1.0, 2.0, 3.0, 4.0]), 1e-8, np.inf)
+    agent, rows = Agent("teacher", policy, statistics), torch.randn(20, 4)
+    with torch.no_grad():
+        expected = agent.network()(rows)
+        folded = DISTILLATION["for_raw_observations"](agent)
+        outputs = folded.network()(rows)
+    assert folded.statistics is None and torch.allclose(outputs.logits, expected.logits, atol=1e-5)
+    assert torch.allclose(outputs.features["value"], expected.features["value"], atol=1e-5)
 
 
 def test_collecting_is_measured_next_to_the_environment_alone():

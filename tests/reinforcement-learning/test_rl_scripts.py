@@ -550,7 +550,7 @@ def test_a_run_and_a_row_of_the_table_for_each_agent_of_the_zoo(shared):
     words.remove("ppo/CartPole-v1_1")
     assert (done := zoo(*words)).returncode == 0, done.stderr[-2000:]
     table = (RUNS / "zoo" / "table.md").read_text()
-    assert "| qrdqn CartPole-v1 | CartPole-v1 | 67,586 | 3,350 (5.0%) | 500.0 |" in table
+    assert "| qrdqn CartPole-v1 | CartPole-v1 | 67,586 | 3,350 (5%) | 500.0 |" in table
     assert "finished: " in zoo(*words).stdout, "a second command only writes the table"
 
 
