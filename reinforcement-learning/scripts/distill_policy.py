@@ -189,8 +189,10 @@ def note_on_student(environment: str, student: str) -> tuple[str, ...]:
     """A note, which is printed, on a student that observes otherwise than its teacher."""
     if student == environment:
         return ()
-    with closing(Environments(environment, 1)) as taught, closing(Environments(student, 1)) as own:
-        shapes = own.observation_space.shape, taught.observation_space.shape
+    shapes = []
+    for id in (student, environment):
+        with closing(Environments(id, 1)) as environments:
+            shapes.append(environments.observation_space.shape)
     note = f"the student observes {student}, of shape {shapes[0]}; the teacher {environment}, of shape {shapes[1]}"
     print(f"note: {note}")
     return (note,)

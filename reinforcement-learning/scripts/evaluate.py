@@ -66,14 +66,14 @@ def main() -> None:
     check_files(args)
     if args.video:
         check_video(args.video)
-    environment, taught = settle_environments(args)
+    environment, teacher_environment = settle_environments(args)
     choose_threads(environment)
     agent = load_agent(args.model, environment, args.trust_pickle, args.vecnormalize)
     teacher, shared = None, environment
     if args.teacher:
         flag = "--teacher_vecnormalize"
-        teacher = load_agent(args.teacher, taught, args.trust_pickle, args.teacher_vecnormalize, flag)
-        if (shared := of_both(taught, environment)) != environment:
+        teacher = load_agent(args.teacher, teacher_environment, args.trust_pickle, args.teacher_vecnormalize, flag)
+        if (shared := of_both(teacher_environment, environment)) != environment:
             teacher.columns, agent.columns = columns_of_both(teacher)
         elif teacher.recurrent or agent.recurrent:  # the state of one follows the observations of both
             teacher.columns = agent.columns = slice(0, None)
@@ -98,7 +98,9 @@ def settle_environments(args: Namespace) -> tuple[str, str]:
     that of its teacher, which differs if the run has a student that observes otherwise.
     """
     import_modules(args.import_module)
-    chosen, taught = (args.environment, None) if args.environment else environments_of_run(Path(args.model))
+    chosen, teacher_environment = (
+        (args.environment, None) if args.environment else environments_of_run(Path(args.model))
+    )
     arguments = EnvironmentArguments(args.import_module, args.env_kwargs, args.wrapper)
     environment, notes = environment_of(args.model, chosen, arguments)
     if environment is None:
@@ -108,7 +110,7 @@ def settle_environments(args: Namespace) -> tuple[str, str]:
     require_module_on_command_line(environment, f"the training of {args.model}")
     for note in notes:
         print(f"note: {note}")
-    return environment, taught if taught and chosen == environment else environment
+    return environment, teacher_environment if teacher_environment and chosen == environment else environment
 
 
 def environments_of_run(folder: Path) -> tuple[str | None, str | None]:

@@ -231,16 +231,15 @@ def _save_student(run: PolicyRun, stage: str, folder: Path, results: dict[str, A
     environment = results["task"]
     with writing_folder(folder) as partial:
         shutil.copy(run.folder / "stages" / stage / folder_name(environment) / MODEL, partial / "student.zip")
-        taught = results.get("teacher_environment", environment)
-        write_text(partial / CARD, model_card(results, _card_of(run, environment, taught)))
+        teacher_environment = results.get("teacher_environment", environment)
+        write_text(partial / CARD, model_card(results, _card_of(run, environment, teacher_environment)))
 
 
-def _card_of(run: PolicyRun, environment: str, taught: str) -> Card:
-    """`environment` of the student and `taught` of its teacher."""
+def _card_of(run: PolicyRun, environment: str, teacher_environment: str) -> Card:
     modules = "".join(f"import {module}\n" for module in run.argument("import_module"))
     imports = modules + registration_code(environment) + (BOTTLENECK_IMPORT if run.argument("codebooks") else "")
     teachers = dict(zip(run.argument("environment"), run.argument("teacher"), strict=True))
-    names = [teachers[taught], *run.argument("ensemble_teachers")]
+    names = [teachers[teacher_environment], *run.argument("ensemble_teachers")]
     return Card(
         USAGE.format(imports=imports, environment=environment_code(environment)),
         library_name="stable-baselines3",

@@ -61,11 +61,13 @@ def _actor_critic(weights: Weights, _: spaces.Space) -> Weights:
     first = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     if first:
         after = 2 * sum(name.endswith(".weight") for name in first)  # an activation follows each layer
-        own = {re.sub(r"(?<=_net\.)\d+", lambda i: str(int(i[0]) + after), name): name for name in weights}
-        own = {new: name for new, name in own.items() if re.match(r"mlp_extractor\.(policy|value)_net\.", name)}
+        branches = {re.sub(r"(?<=_net\.)\d+", lambda i: str(int(i[0]) + after), name): name for name in weights}
+        branches = {
+            new: name for new, name in branches.items() if re.match(r"mlp_extractor\.(policy|value)_net\.", name)
+        }
         twice = {f"mlp_extractor.{net}_net.{name}": w for net in ("policy", "value") for name, w in first.items()}
         others = {name: w for name, w in weights.items() if not name.startswith("mlp_extractor.")}
-        weights = twice | {new: weights[name] for new, name in own.items()} | others
+        weights = twice | {new: weights[name] for new, name in branches.items()} | others
     shared = {name: weight for name, weight in weights.items() if name.startswith("features_extractor.")}
     return {f"{use}_{name}": weight for use in ("pi", "vf") for name, weight in shared.items()} | weights
 

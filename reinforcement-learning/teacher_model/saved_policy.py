@@ -228,10 +228,10 @@ def _networks(layout: Layout, weights: Weights) -> dict[str, Any]:
 def _lstms(weights: Weights) -> dict[str, Any]:
     """The sizes of the LSTMs of RecurrentPPO, and what precedes the critic's layers."""
     layers = [name for name in weights if re.fullmatch(r"lstm_actor\.weight_ih_l\d+", name)]
-    own, linear = "lstm_critic.weight_ih_l0" in weights, "critic.weight" in weights
+    separate, linear = "lstm_critic.weight_ih_l0" in weights, "critic.weight" in weights
     size = weights["lstm_actor.weight_hh_l0"].shape[1]
     sizes = {"lstm_hidden_size": size, "n_lstm_layers": len(layers)}
-    return sizes | {"enable_critic_lstm": own, "shared_lstm": not (own or linear)}
+    return sizes | {"enable_critic_lstm": separate, "shared_lstm": not (separate or linear)}
 
 
 def _hidden_widths(weights: Weights, parts: tuple[str, ...]) -> list[int]:

@@ -80,8 +80,10 @@ def _named_environment(policy: Path) -> tuple[str | None, dict[str, Any], str]:
         if (folder / RESULTS).is_file():
             results = read_json(folder / RESULTS)
             if isinstance(results, dict) and results.get("domain") == "reinforcement-learning":
-                taught = results.get("teacher_environment") if "stages/teacher" in policy.as_posix() else None
-                return str(taught or results.get("task")), {}, str(folder / RESULTS)
+                teacher_environment = (
+                    results.get("teacher_environment") if "stages/teacher" in policy.as_posix() else None
+                )
+                return str(teacher_environment or results.get("task")), {}, str(folder / RESULTS)
     for name in (policy.stem, policy.parent.name):
         if found := ID.fullmatch(name):
             return re.sub(r"^ALE-", "ALE/", found[1]), {}, f"the name {name}"
