@@ -269,8 +269,9 @@ def args_of_share(args: StudentArguments, environment: str, observed: str, teach
     network = PolicyNetwork(teacher)
     with closing(Environments(environment, 1, memory=network.memory)) as environments:
         size = actor_parameters(network, torch.as_tensor(environments.observations))
-    with closing(training_environments(observed, 1, 0)) as environments:
-        student = new_student(environments, args, training_recipe("ppo", environment), seed=0).policy
+    recipe = training_recipe("ppo", environment)
+    with closing(training_environments(observed, recipe.environments, seed=0)) as environments:
+        student = new_student(environments, args, recipe, seed=0).policy
     assert isinstance(student.action_net, nn.Linear)
     widths = widths_of_share(args.student_share, size, student.features_dim, student.action_net.out_features)
     return replace(args, student=widths, student_share=None)
