@@ -56,7 +56,7 @@ def test_no_folders_import_each_other(tmp_path: Path):
 @pytest.mark.parametrize("script", sorted(REPO.glob("*/scripts/*.sh")), ids=lambda path: path.name)
 def test_shell_scripts_can_be_run_and_their_recipes_exist(script: Path):
     assert os.access(script, os.X_OK)
-    recipes = [word.strip('"').removeprefix("$here/") for word in script.read_text().split() if ".yaml" in word]
+    recipes = re.findall(r"\$here/(\w+\.yaml)", script.read_text())
     assert all((script.parent / recipe).exists() for recipe in recipes)
 
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -153,8 +153,10 @@ def test_linked_checkpoint_does_not_remove_its_target(tmp_path):
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_student_of_a_finished_stage_raises_an_error(damage, tmp_path):
     recipe = training_recipe("ppo", "CartPole-v1")
-    new_student(SB3Environments("CartPole-v1", 1), StudentArguments(), recipe, 0).save(tmp_path / "model.zip")
-    teacher = Teacher("CartPole-v1", (), cast(Any, None), "CartPole-v1")
+    model = new_student(SB3Environments("CartPole-v1", 1), StudentArguments(), recipe, 0)
+    model.save(tmp_path / "model.zip")
+    agent = Agent("teacher", model.policy)
+    teacher = Teacher("CartPole-v1", (agent,), agent.network(), "CartPole-v1")
     spec = StudentSpec(teacher, StudentArguments(), recipe)
     assert spec.load("student", tmp_path, 0).model is not None
     other = StudentSpec(teacher, StudentArguments(student=[3]), recipe)
