@@ -22,7 +22,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from kd.common.cli import Parser, run
 from kd.common.reporting.tables import number, print_rich
-from kd.reinforcement_learning.data.environments import Environments, training_environments
+from kd.reinforcement_learning.data.environments import Environments, quiet_mujoco, training_environments
 from kd.reinforcement_learning.data.rollouts import Observations, Recorder
 from kd.reinforcement_learning.student_model.arguments import StudentArguments
 from kd.reinforcement_learning.student_model.student import new_student
@@ -73,7 +73,8 @@ def this_project(environment: str, count: int, teacher: ActorCriticPolicy, stude
 def usual_loop(
     environment: str, count: int, teacher: ActorCriticPolicy, student: ActorCriticPolicy, **env_kwargs: Any
 ) -> Collect:
-    environments = make_vec_env(environment, count, seed=0, env_kwargs=env_kwargs)
+    with quiet_mujoco():
+        environments = make_vec_env(environment, count, seed=0, env_kwargs=env_kwargs)
 
     def collect(steps: int) -> float:
         kept, started = [], time.process_time()

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kd.common.cli import Parser, run
 from kd.common.reporting.tables import number, print_rich
 from kd.common.utils.errors import UserError
-from kd.reinforcement_learning.data.environments import Environments, training_environments
+from kd.reinforcement_learning.data.environments import Environments, quiet_mujoco, training_environments
 from kd.reinforcement_learning.data.rollouts import VALIDATION_SEED, Observations, Recorder, returns_of
 from kd.reinforcement_learning.student_model.arguments import DistillArguments, StudentArguments
 from kd.reinforcement_learning.student_model.distillation import DistillationTask, Distiller
@@ -128,7 +128,8 @@ def usual_loop(seed: int, goal: float, task: Task, teacher: Agent) -> Figures:
     clock, args = Clock(task, goal), task.args
     student = untrained_student(task, seed)
     optimizer = torch.optim.Adam(student.parameters(), args.learning_rate)
-    environments, kept = make_vec_env(task.environment, args.num_envs, seed=seed), list[tuple[Any, Any]]()
+    with quiet_mujoco():
+        environments, kept = make_vec_env(task.environment, args.num_envs, seed=seed), list[tuple[Any, Any]]()
     observations: Any = environments.reset()
     network = PolicyNetwork(student).eval()
     with suppress(Reached):

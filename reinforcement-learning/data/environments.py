@@ -200,7 +200,7 @@ def _make(spec: EnvSpec, count: int, autoreset: AutoresetMode, env_kwargs: dict[
         vectorized, vector_kwargs = None, {"autoreset_mode": autoreset}
     if "render_mode" in _parameters(vectorized or spec.entry_point):
         env_kwargs = {"render_mode": None} | env_kwargs  # the default halves the speed of LunarLander
-    with _quiet_mujoco():
+    with quiet_mujoco():
         # For an id instead of a spec Gymnasium warns about every version but the newest.
         if not vectorized:
             wrappers: Any = [with_box_observations]
@@ -219,7 +219,7 @@ def _parameters(entry_point: Any) -> set[str]:
 
 
 @contextmanager
-def _quiet_mujoco() -> Iterator[None]:
+def quiet_mujoco() -> Iterator[None]:
     """Drops the warnings of MuJoCo 4 about `settotalmass` in HalfCheetah's model, which also go to MUJOCO_LOG.TXT."""
     mujoco = sys.modules.get("mujoco")  # imported already if the environment uses it
     if mujoco is None:

@@ -91,7 +91,7 @@ def main() -> None:
         check_environment(environment, student, student_args, loss)
         notes += note_on_student(environment, student)
 
-    choose_threads(*args.environment, *students)
+    choose_threads(*dict.fromkeys([*args.environment, *students]))
     loaded, untrained = load_teachers(args, loss), untrained_teachers(args, training)
     policies = [one[0].policy if (one := loaded[name]) else untrained[name].policy for name in args.environment]
     sized = args_of_share(student_args, args.environment[0], students[0], policies[0])
@@ -177,11 +177,13 @@ def check_environment(environment: str, student: str, args: StudentArguments, lo
     cure = "--student_observation on the command line if you trust it"
     require_module_on_command_line(student, "the recipe", cure)
     with closing(Environments(environment, 1)) as environments:
-        actions = environments.action_space
-    with closing(Environments(student, 1)) as environments:
-        validate_student(args, student, environments.observation_space)
-        if environments.action_space != actions:
-            raise UserError(f"--student_observation changes the actions from {actions} to {environments.action_space}")
+        actions, observations = environments.action_space, environments.observation_space
+    if student != environment:
+        with closing(Environments(student, 1)) as environments:
+            changed, observations = environments.action_space, environments.observation_space
+        if changed != actions:
+            raise UserError(f"--student_observation changes the actions from {actions} to {changed}")
+    validate_student(args, student, observations)
     check_loss(loss, actions)
 
 

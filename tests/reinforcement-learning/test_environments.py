@@ -474,7 +474,7 @@ def test_making_environments_prints_nothing(capfd, tmp_path, monkeypatch):
 def test_other_warnings_of_mujoco_are_shown():
     mujoco = pytest.importorskip("mujoco")
     before = mujoco.get_mju_user_warning()
-    with pytest.warns(UserWarning, match="MuJoCo: out of memory"), environments_module._quiet_mujoco():
+    with pytest.warns(UserWarning, match="MuJoCo: out of memory"), environments_module.quiet_mujoco():
         mujoco.get_mju_user_warning()("settotalmass is deprecated")
         mujoco.get_mju_user_warning()("out of memory")
     assert mujoco.get_mju_user_warning() is before

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,42 +27,16 @@ from kd.reinforcement_learning.data.environments import SB3Environments
 from kd.reinforcement_learning.data.rollouts import TEST_SEED, VALIDATION_SEED, returns_of
 from kd.reinforcement_learning.student_model import distillation
 from kd_testing.paths import REPO
+from kd_testing.policies import SCRIPTS, SHORT, distill, error_line
 from kd_testing.readmes import run_readme, run_readme_alone
-from kd_testing.scripts import recipe_of, run_script
+from kd_testing.scripts import run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
 
-SCRIPTS = "reinforcement-learning/scripts"
 RUNS = Path("runs/reinforcement-learning")
-SHORT = "--steps 400 --rounds 2 --updates 20 --episodes 12 --eval_episodes 2 --num_envs 4".split()
 TEACHER = ["--teacher_steps", "600", "--hyperparameters", '{"environments": 4}']
 
 
-@pytest.fixture(autouse=True)
-def _in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    yield
-
-
-@pytest.fixture(scope="module")
-def cart_pole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A zip of a briefly trained teacher, saved by Stable-Baselines3."""
-    folder = tmp_path_factory.mktemp("teacher")
-    PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=64, seed=0, device="cpu").learn(256).save(folder / "t.zip")
-    return str(folder / "t.zip")
-
-
-def distill(*words: object) -> None:
-    run_script(f"{SCRIPTS}/distill_policy.py", recipe_of(*SHORT), *words)
-
-
-def error_line(capsys: pytest.CaptureFixture[str], *words: object, script: str = "distill_policy.py") -> str:
-    """The error, one line, with which a script ends."""
-    with pytest.raises(SystemExit) as stop:
-        run_script(f"{SCRIPTS}/{script}", *words)
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 def mean_return(zip: Path, episodes: int, seed: int) -> float:

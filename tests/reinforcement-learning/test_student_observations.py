@@ -1,6 +1,5 @@
 """Students that observe less, or otherwise, than their teachers: the same states, the scripts, refused input."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +29,16 @@ from kd.reinforcement_learning.student_model.student import StudentNetwork, new_
 from kd.reinforcement_learning.teacher_model.policies import PolicyNetwork
 from kd.reinforcement_learning.teacher_model.recipes import training_recipe
 from kd_testing import known_answer  # noqa: F401 - registers the environments
+from kd_testing.policies import SCRIPTS, distill, error_line
 from kd_testing.readmes import code_of
-from kd_testing.scripts import recipe_of, run_script
+from kd_testing.scripts import run_script
 
-SCRIPTS = "reinforcement-learning/scripts"
-SHORT = "--steps 400 --rounds 2 --updates 20 --episodes 12 --eval_episodes 2 --num_envs 4".split()
 HIDDEN = ["--student_observation", "0", "2", "--frame_stack", "3"]  # positions, without velocities
 DICT = 'KnownAnswerSpaces-v0{"actions": "Discrete"}'
 NEXT_STEP, SAME_STEP = AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP
 
 
-@pytest.fixture(autouse=True)
-def _in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    yield
-
-
-@pytest.fixture(scope="module")
-def cart_pole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("teacher")
-    PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=64, seed=0, device="cpu").learn(256).save(folder / "t.zip")
-    return str(folder / "t.zip")
-
-
-def distill(*words: object) -> None:
-    run_script(f"{SCRIPTS}/distill_policy.py", recipe_of(*SHORT), *words)
-
-
-def error_line(capsys: pytest.CaptureFixture[str], *words: object, script: str = "distill_policy.py") -> str:
-    with pytest.raises(SystemExit) as stop:
-        run_script(f"{SCRIPTS}/{script}", *words)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ")
-    return line
+pytestmark = pytest.mark.usefixtures("in_tmp_path")
 
 
 # ---- ids ----
