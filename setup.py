@@ -13,5 +13,5 @@ setup(
     package_dir={f"kd.{name}": folder for name, folder in folders.items()},
     packages=[f"kd.{name}" for name in folders]
     + [f"kd.{name}.{part}" for name, folder in folders.items() for part in find_packages(folder)],
-    package_data={"": ["*.yaml", "*.sh", "*.pyi"]},
+    package_data={"": ["*.yaml", "*.sh", "*.pyi", "weights/*/*"]},
 )

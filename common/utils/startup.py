@@ -11,7 +11,6 @@ import importlib.util
 import os
 import signal
 import sys
-from functools import partialmethod
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,17 @@ def prepare_script() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, exit_on_interrupt)
     if not sys.stderr.isatty():
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[assignment, method-assign]
+        disable_progress_bars()
+
+
+def disable_progress_bars() -> None:
+    """Disables all progress bars of tqdm, also those that are created with `disable=False`."""
+    initialize = tqdm.__init__
+
+    def disabled(bar: "tqdm[Any]", *args: Any, **kwargs: Any) -> None:
+        initialize(bar, *args, **kwargs | {"disable": True})
+
+    tqdm.__init__ = disabled  # type: ignore[assignment, method-assign]
 
 
 class BeforeTorchvision(MetaPathFinder):

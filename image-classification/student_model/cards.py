@@ -6,7 +6,7 @@ from kd.common.data.sources import hub_dataset
 from kd.common.reporting.model_card import Card
 from kd.common.training.run import Run
 from kd.image_classification.data.sources import KNOWN
-from kd.image_classification.teacher_model.backbones.names import TIMM, is_factory
+from kd.image_classification.teacher_model.backbones.names import PRETRAINED, TIMM, is_factory
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import HUB_NAME, IMAGENET_CLASSES, trained_folder
 
@@ -70,6 +70,8 @@ def _origins(run: Run, classes: int) -> tuple[list[str], str | None]:
     weights_file: str | None = run.argument("teacher_weights")
     if weights_file or os.path.isfile(teacher):
         return [weights_file or teacher, *others], None
+    if teacher.startswith(PRETRAINED):
+        return [str(trained_folder(teacher)), *others], None
     if trained_folder(teacher) or HUB_NAME.fullmatch(teacher):
         return [teacher, *others], None
     if teacher.startswith(TIMM) and classes == IMAGENET_CLASSES:

@@ -1,4 +1,4 @@
-"""Loading teachers: the folder of a trained classifier, a pretrained network of timm, or an untrained architecture."""
+"""Loading teachers: trained classifiers, pretrained networks of timm, and untrained architectures."""
 
 import re
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from kd.common.data.sources import print_notes, shorten
 from kd.common.pretrained import load_model, reading
 from kd.common.utils.errors import UserError
 from kd.image_classification.data.image_data import ImageData
-from kd.image_classification.teacher_model.backbones.names import TIMM, TRANSFORMERS
+from kd.image_classification.teacher_model.backbones.names import PRETRAINED, TIMM, TRANSFORMERS
 from kd.image_classification.teacher_model.classifier import ImageClassifier, ImageClassifierConfig, new_classifier
 from kd.image_classification.teacher_model.labels import label_order, reorder
+from kd.image_classification.teacher_model.pretrained import pretrained_folder
 from kd.image_classification.teacher_model.published import Normalization, load_transformers, load_weights
 from kd.image_classification.teacher_model.timm_weights import pretrained_classifier
 
@@ -32,9 +33,10 @@ def load_teacher(
 ) -> tuple[ImageClassifier, ImageData, bool]:
     """Returns the teacher NAME, the data in its normalization, and whether the teacher is pretrained.
 
-    The classifier of a folder is pretrained, and so are an architecture with `weights`, a file, an image classifier of
-    transformers, and a network of timm if the data have ImageNet's classes. Any other NAME is an architecture, which
-    is initialized with `seed`; the data are then unchanged. Raises UserError for a `normalization` without effect.
+    The classifier of a folder is pretrained, and so are `pretrained:NAME`, an architecture with `weights`, a file, an
+    image classifier of transformers, and a network of timm if the data have ImageNet's classes. Any other NAME is an
+    architecture, which is initialized with `seed`; the data are then unchanged. Raises UserError for a `normalization`
+    without effect.
     """
     if weights is not None:
         return *load_weights(name, weights, data, normalization), True
@@ -99,10 +101,12 @@ def load_ensemble_teachers(names: Sequence[str], data: ImageData) -> list[ImageC
 
 
 def trained_folder(name: str) -> Path | None:
-    """The folder of a trained classifier: NAME itself, or the teacher or student of the run NAME.
+    """The folder of a trained classifier: NAME itself, the teacher or student of the run NAME, or `pretrained:NAME`.
 
-    None if NAME is not a path. Raises UserError for a path without a classifier.
+    None if NAME is not a path. Raises UserError for a path without a classifier, and for an unknown pretrained name.
     """
+    if name.startswith(PRETRAINED):
+        return pretrained_folder(name)
     try:
         for folder in (Path(name), Path(name, "stages", "teacher"), Path(name, "student")):
             if (folder / "config.json").exists():

@@ -129,7 +129,9 @@ def test_progress_is_readable_lines_and_a_bar_on_a_terminal(terminal, disabled, 
 def test_scripts_show_progress_bars_only_on_a_terminal(terminal, tmp_path):
     script = tmp_path / "scripts" / "script.py"
     script.parent.mkdir()
-    script.write_text("import kd.common\nfrom tqdm.auto import tqdm\nlist(tqdm(range(3), ncols=50, nrows=9))\n")
+    script.write_text(
+        "import kd.common\nfrom tqdm.auto import tqdm\nlist(tqdm(range(3), ncols=50, nrows=9, disable=False))\n"
+    )
     reader, writer = os.openpty() if terminal else os.pipe()
     environment = os.environ | {"PYTHONPATH": str(REPO / "typings")}
     assert subprocess.run([sys.executable, script], env=environment, stderr=writer, timeout=60).returncode == 0
