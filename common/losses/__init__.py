@@ -47,6 +47,7 @@ from kd.common.losses.predictions import (
     regression_mse,
     soft_target_kl,
 )
+from kd.common.losses.sparse import sampled_kl, top_classes_kl
 
 __all__ = [
     "alpha_beta",
@@ -82,12 +83,14 @@ __all__ = [
     "rkd_distance",
     "sample_directions",
     "sample_relations",
+    "sampled_kl",
     "similarity_l2",
     "similarity_preserving",
     "soft_target_kl",
     "spatial_kl",
     "stage_attention",
     "standardized",
+    "top_classes_kl",
     "transport",
     "variational",
 ]

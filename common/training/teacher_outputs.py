@@ -141,7 +141,7 @@ def cache_teacher_outputs(
 
     def call(**batch: Any) -> dict[str, Tensor]:
         model_output = teacher(**batch)
-        outputs = {name: _half_precision(feature) for name, feature in hooks.take().items()}
+        outputs = {name: half_precision(feature) for name, feature in hooks.take().items()}
         return outputs | ({"logits": model_output.logits.float()} if logits else {})
 
     key = outputs_key(teacher, dataset_hash(dataset), precision, sorted(paths.items()), logits)
@@ -161,18 +161,26 @@ def cache_outputs(
     key: str,
     precision: str = "fp32",
     batch_size: int = 64,
+    shard_rows: int | None = None,
+    refuse_damaged: bool = False,
 ) -> TeacherOutputs:
     """The outputs of `call`, as in `run_inference`, stored in `folder` under a key that identifies all inputs.
 
     Computes and stores the shards that are missing, damaged or of another key. Several processes share the work; the
     main process writes. An output named `logits` becomes the logits; the other outputs become features.
+
+    Args:
+        shard_rows: Number of samples in a shard. Default: those of SHARD_BATCHES batches.
+        refuse_damaged: Raise UserError for a shard that is damaged or of another key, instead of computing it again.
     """
     order = similar_length_order(dataset)
-    shards = [rows.tolist() for rows in order.split(SHARD_BATCHES * batch_size)]
+    shards = [rows.tolist() for rows in order.split(shard_rows or SHARD_BATCHES * batch_size)]
     folders = [Path(folder) / key[:20] / f"{number:05}" for number in range(len(shards))]
     ids = torch.from_numpy(column_array(dataset, "sample_id"))
     is_main = PartialState().is_main_process
-    missing = [n for n, path in enumerate(folders) if not _is_complete(path, key, ids[shards[n]])] if is_main else []
+    missing = []
+    if is_main:
+        missing = [n for n, f in enumerate(folders) if not _is_complete(f, key, ids[shards[n]], refuse_damaged)]
     missing = broadcast_object_list([missing])[0]  # one decision for all processes
     for number in tqdm(missing, "teacher", leave=False) if is_main and missing else missing:
         rows = dataset.select(shards[number])
@@ -187,13 +195,13 @@ def cache_outputs(
     return TeacherOutputs(ids[order], columns.pop("logits", None), columns)
 
 
-def _half_precision(feature: Tensor) -> Tensor:
+def half_precision(feature: Tensor) -> Tensor:
     """Converts to fp16, or to fp32 if a value is out of the range of fp16, as in some large models."""
     half = feature.half()
     return half if half.isfinite().all() else feature.float()
 
 
-def _is_complete(folder: Path, key: str, sample_ids: Tensor) -> bool:
+def _is_complete(folder: Path, key: str, sample_ids: Tensor, refuse_damaged: bool) -> bool:
     if not folder.exists():
         return False
     damage = find_damage(folder)
@@ -203,6 +211,8 @@ def _is_complete(folder: Path, key: str, sample_ids: Tensor) -> bool:
         if same_key and np.array_equal(table["sample_id"].to_numpy(), sample_ids):
             return True
         damage = f"{folder} was stored for another teacher or dataset"
+    if refuse_damaged:
+        raise UserError(f"{damage}: remove {folder}, and it is computed again")
     logger.warning("teacher outputs: %s; computing them again", damage)
     return False
 
