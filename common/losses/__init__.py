@@ -45,7 +45,9 @@ from kd.common.losses.predictions import (
     jensen_shannon,
     regression_huber,
     regression_mse,
+    skew_kl,
     soft_target_kl,
+    total_variation,
 )
 from kd.common.losses.sparse import sampled_kl, top_classes_kl
 
@@ -86,11 +88,13 @@ __all__ = [
     "sampled_kl",
     "similarity_l2",
     "similarity_preserving",
+    "skew_kl",
     "soft_target_kl",
     "spatial_kl",
     "stage_attention",
     "standardized",
     "top_classes_kl",
+    "total_variation",
     "transport",
     "variational",
 ]
