@@ -17,12 +17,12 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
-from kd.nlp.student_model.arguments import CUT, DIVERGENCE_NAMES, GenerativePairArguments
+from kd.nlp.student_model.arguments import CUT, DIVERGENCE_NAMES, StoredLogitsArguments
 from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
 
 @dataclass
-class Arguments(GenerativePairArguments):
+class Arguments(StoredLogitsArguments):
     """Data, layers and method."""
 
     dataset: str = field(
@@ -81,6 +81,7 @@ from kd.common.data.sources import print_notes
 from kd.nlp.data.corpora import load_corpus
 from kd.nlp.student_model.generation import open_run
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
+from kd.nlp.student_model.teacher_logits import check_stored_logits
 from kd.nlp.student_model.token_objective import divergence_of
 
 
@@ -90,6 +91,7 @@ def main() -> None:
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
     divergence_of(args.method, training.temperature)  # raises UserError for an invalid method
+    check_stored_logits(args, training, args.method)
     corpus = load_corpus(args.dataset, args.text_column, args.max_train_samples, args.max_eval_samples)
     print_notes(corpus.name, corpus.notes)
     named_models = load_named_models(args)

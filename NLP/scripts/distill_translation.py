@@ -18,14 +18,14 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
-from kd.nlp.student_model.arguments import DIVERGENCE_NAMES, SEQUENCE_KD, GenerativePairArguments
+from kd.nlp.student_model.arguments import DIVERGENCE_NAMES, SEQUENCE_KD, StoredLogitsArguments
 from kd.nlp.teacher_model import SCRATCH
 
 SCRATCH_EPOCHS = 5
 
 
 @dataclass
-class Arguments(GenerativePairArguments):
+class Arguments(StoredLogitsArguments):
     """Data, layers and method."""
 
     dataset: str = field(
@@ -117,6 +117,7 @@ if __name__ == "__main__":
 from kd.common.data.sources import print_notes
 from kd.nlp.data.translation import load_translation_data
 from kd.nlp.student_model.generation import open_run
+from kd.nlp.student_model.teacher_logits import check_stored_logits
 from kd.nlp.student_model.token_objective import divergence_of, parts_of
 from kd.nlp.student_model.translation import TranslationTask, load_named_models
 
@@ -127,6 +128,7 @@ def main() -> None:
     method = parts_of(args.method)
     if method.divergence is not None:
         divergence_of(method.divergence, training.temperature)  # raises UserError for an invalid method
+        check_stored_logits(args, training, method.divergence)
     limits = args.max_train_samples, args.max_eval_samples
     data = load_translation_data(args.dataset, args.source, args.target, *limits)
     print_notes(data.name, data.notes)

@@ -368,3 +368,38 @@ class GenerativePairArguments:
             reject_unused("--student names a model", self, *layers)
         if SCRATCH not in (self.teacher, self.student):
             reject_unused("no model has random weights", self, "dropout", "from_scratch_learning_rate")
+
+
+@dataclass
+class StoredLogitsArguments(GenerativePairArguments):
+    """Teacher and student."""
+
+    teacher_logits: str | None = field(
+        default=None,
+        metadata={
+            "help": "Store some of the teacher's probabilities once, as top:k=64 or sample:k=16 (default: run the "
+            "teacher in every step)."
+        },
+    )
+    teacher_logits_folder: str | None = field(
+        default=None,
+        metadata={"help": "Folder of --teacher_logits, which runs can share (default: in --output_dir)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher_logits is None:
+            return
+        method: str = self.method  # type: ignore[attr-defined]
+        if method.removeprefix(f"{SEQUENCE_KD}+").partition(":")[0] != "kd":
+            raise ValueError(
+                f"--teacher_logits serves the forward divergence alone, which --method {method} is not: pass --method "
+                "kd, or leave --teacher_logits out"
+            )
+        if getattr(self, "hidden_weight", 0):
+            raise ValueError("--hidden_weight needs the teacher in every step: leave --teacher_logits out")
+
+    def check_unused_flags(self) -> None:
+        super().check_unused_flags()
+        if self.teacher_logits is None:
+            reject_unused("--teacher_logits is not set", self, "teacher_logits_folder")

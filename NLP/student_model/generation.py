@@ -18,6 +18,7 @@ from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.student_model.arguments import CUT
+from kd.nlp.student_model.teacher_logits import LogitStore, with_sample_ids
 from kd.nlp.student_model.token_objective import divergence_of, token_level
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator
@@ -128,6 +129,10 @@ class GenerationTask(ABC):
         """Training arguments of all stages."""
         return {}
 
+    def logit_store(self, run: TrainerRun) -> LogitStore | None:
+        """The folder of --teacher_logits, if that is set."""
+        return LogitStore.of(self.args, run.args, self.divergence, (run.shared or run.folder) / "teacher_logits")
+
     def training_rows(self, run: TrainerRun, rows: Dataset) -> Any:
         """The rows of a stage as the trainer reads them."""
         return rows
@@ -136,6 +141,9 @@ class GenerationTask(ABC):
 
     def train_teacher(self, run: TrainerRun) -> PreTrainedModel:
         """The stage `teacher`: trains on labels. With --teacher_epochs 0, a pretrained teacher stays unchanged."""
+        if store := self.logit_store(run):
+            pretrained = self.pretrained_teacher
+            store.check_tokens(self.tokenizer, pretrained.config.vocab_size if pretrained else len(self.tokenizer))
         epochs = self.args.teacher_epochs
         if self.pretrained_teacher is not None and epochs == 0:
             return self.pretrained_teacher
@@ -183,20 +191,27 @@ class GenerationTask(ABC):
         """Metrics are computed from `token_counts`, because logits (batch, positions, vocabulary) are too large to
         gather.
         """
-        method = self.method(run.args, model, teacher)
+        method, collate = self.method(run.args, model, teacher), self.collator(model)
+        rows = self.splits["train"] if rows is None else rows
+        source: dict[str, Any] = {"teacher": teacher}
+        if teacher is not None and (store := self.logit_store(run)):
+            rows = with_sample_ids(rows)
+            with run.timed("teacher_outputs"):
+                outputs = store.open(teacher, self.tokenizer, rows, collate, run.args.per_device_eval_batch_size)
+            method, source = store.replace_term(method), {"teacher_outputs": outputs}
         return run.train(
             role,
             model,
             {"learning_rate": self.learning_rate(run.args, role)} | self.common_arguments | training_arguments,
             objective=method.objective,
             features=method.features,
-            teacher=teacher,
             teacher_features=method.teacher_features,
-            train_dataset=self.training_rows(run, self.splits["train"] if rows is None else rows),
+            train_dataset=self.training_rows(run, rows),
             eval_dataset=self.splits["validation"],
-            data_collator=self.collator(model),
+            data_collator=collate,
             preprocess_logits_for_metrics=token_counts,
             compute_metrics=lambda prediction: self.token_metrics(np.asarray(prediction.predictions)),
+            **source,
         )
 
     # ---- results ----

@@ -8,6 +8,7 @@ labels that are not IGNORED, in their order.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint, dataset_hash, model_fingerprint
-from kd.common.objective import Term
+from kd.common.methods import Method
 from kd.common.outputs import Outputs
+from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import Collate, column_array
 from kd.common.training.teacher_outputs import TeacherOutputs, cache_outputs
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import LOCK, FolderLock, lock_folder, read_json, write_json
 from kd.common.utils.tasks import IGNORED
-from kd.nlp.student_model.sparse_logits import Form, Top, spec_of
+from kd.nlp.student_model.sparse_logits import Form, Top, form_of, spec_of
+from kd.nlp.student_model.token_objective import TOKENS, temperature_of
 
 FOLDER_FLAG = "--teacher_logits_folder"
 DESCRIPTION = "teacher_logits.json"
@@ -45,18 +48,6 @@ class StoredLogits(TeacherOutputs):
         return Outputs(features={name: column.to(device) for name, column in columns.items()})
 
 
-def stored_term(form: Form, temperature: float) -> Term:
-    """The forward KL from `StoredLogits`: the mean over the labels that are not IGNORED."""
-
-    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-        assert student.logits is not None and labels is not None
-        assert teacher is not None and teacher.features is not None
-        logits = student.logits[labels != IGNORED]
-        return form.loss(logits, teacher.features, temperature) if len(logits) else student.logits.sum() * 0.0
-
-    return term
-
-
 def with_sample_ids(rows: Dataset) -> Dataset:
     """Rows with their numbers as sample_id, unless they have that column."""
     if "sample_id" in rows.column_names:
@@ -66,25 +57,31 @@ def with_sample_ids(rows: Dataset) -> Dataset:
 
 @dataclass(frozen=True)
 class LogitStore:
-    """The folder of the distributions of one teacher for one set of training rows, in `form` and at `temperature`.
-    The teacher runs in `precision`; `tokenizer` is that of the rows.
+    """The folder of the distributions of one teacher for one set of training rows, in `form` and at `temperature`. The
+    teacher runs in `precision`.
     """
 
     folder: Path
     form: Form
     temperature: float
     precision: str
-    tokenizer: PreTrainedTokenizerBase
 
-    def check(self, vocabulary: int, **parts: str) -> dict[str, Any]:
-        """The description of the content, with further `parts` by name, such as the teacher.
-
-        Raises UserError if the folder has another content, and if the form needs more tokens than there are.
+    @classmethod
+    def of(cls, args: Any, training: KDTrainingArguments, divergence: str, folder: Path) -> "LogitStore | None":
+        """The folder of --teacher_logits_folder, by default `folder`; None without --teacher_logits. `divergence` is
+        the forward one, as `divergence_of` takes it. Raises UserError for an invalid form.
         """
-        if isinstance(self.form, Top) and self.form.k > vocabulary:
-            raise UserError(f"--teacher_logits top:k={self.form.k} needs k of at most {vocabulary}, the vocabulary")
-        wanted = {"form": spec_of(self.form), "temperature": self.temperature, "precision": self.precision}
-        wanted |= {"tokenizer": model_fingerprint(self.tokenizer), **parts}
+        if getattr(args, "teacher_logits", None) is None:  # distill_mlm.py lacks the flag
+            return None
+        form, folder = form_of(args.teacher_logits), Path(args.teacher_logits_folder or folder)
+        return cls(folder, form, temperature_of(divergence, training.temperature), training.precision)
+
+    def check(self, **parts: Any) -> dict[str, Any]:
+        """The description of the content with `parts`, such as the teacher, as far as they are known.
+
+        Raises UserError if the folder has another content.
+        """
+        wanted = {"form": spec_of(self.form), "temperature": self.temperature, "precision": self.precision, **parts}
         path = self.folder / DESCRIPTION
         if path.exists():
             found = _read_description(path)
@@ -98,60 +95,94 @@ class LogitStore:
             raise UserError(f"{self.folder} is not empty and has no {DESCRIPTION}: pass another {FOLDER_FLAG}")
         return wanted
 
-    def open(self, teacher: PreTrainedModel, rows: Dataset, collate: Collate, batch_size: int) -> StoredLogits:
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> dict[str, Any]:
+        """As `check`, with the tokenizer. Raises UserError also if the form needs more than the whole vocabulary."""
+        if isinstance(self.form, Top) and self.form.k > vocabulary:
+            raise UserError(f"--teacher_logits top:k={self.form.k} is more than the vocabulary: pass k={vocabulary}")
+        return self.check(tokenizer=model_fingerprint(tokenizer))
+
+    def open(
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Dataset,
+        collate: Collate,
+        batch_size: int,
+    ) -> StoredLogits:
         """Computes and stores what is missing. `rows` have the columns sample_id, labels and length, and `collate`
         makes batches of them, with sample_id and labels.
 
-        Raises UserError as `check` does, and if a stored file is damaged.
+        Raises UserError as `check_tokens` does, and if a stored file is damaged.
         """
-        data = dataset_hash(rows.rename_column("labels", "targets"))  # which it would leave out
-        description = self.check(
-            teacher.config.vocab_size, teacher=model_fingerprint(teacher), **{"training data": data}
-        )
-        with PartialState().main_process_first():
-            lock = self._lock() if PartialState().is_main_process else None
-            if lock is not None:
-                write_json(self.folder / DESCRIPTION, description)
-
-        def with_targets(features: Any) -> dict[str, Tensor]:
-            batch = collate(features)
-            return batch | {"targets": batch["labels"], "ids": batch["sample_id"]}  # these are passed to `call`
-
-        def call(targets: Tensor, ids: Tensor, **inputs: Tensor) -> dict[str, list[Tensor]]:
-            rows = zip(teacher(**inputs).logits, targets, ids.tolist(), strict=True)
-            found = [
-                self.form.compress(one[labels != IGNORED], self.temperature, number) for one, labels, number in rows
-            ]
-            return {name: [columns[name] for columns in found] for name in found[0]}
-
-        longest = int(column_array(rows, "length").max())
+        tokens = dataset_hash(rows.rename_column("labels", "targets"))  # a column of labels would be left out
+        parts = self.check_tokens(tokenizer, teacher.config.vocab_size)
+        description = self.check(**parts, **{"training data": tokens}, teacher=model_fingerprint(teacher))
+        lock = self._lock(description) if PartialState().is_main_process else None
         outputs = cache_outputs(
             teacher,
-            call,
+            partial(self._compress, teacher),
             rows,
-            with_targets,
+            lambda features: _with_targets(collate(features)),
             self.folder,
             data_fingerprint([description]),
             self.precision,
             batch_size,
-            shard_rows=max(1, SHARD_TOKENS // longest),
+            shard_rows=max(1, SHARD_TOKENS // int(column_array(rows, "length").max())),
             refuse_damaged=True,
         )
         del lock
         return StoredLogits(outputs.sample_ids, features=outputs.features)
 
-    def _lock(self) -> FolderLock:
-        """Locks the folder, as soon as no other run is filling it."""
+    def replace_term(self, method: Method) -> Method:
+        """The method with the forward divergence from `StoredLogits` in place of that from logits."""
+
+        def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
+            assert student.logits is not None and labels is not None
+            assert teacher is not None and teacher.features is not None
+            logits = student.logits[labels != IGNORED]
+            if not len(logits):
+                return student.logits.sum() * 0.0
+            return self.form.loss(logits, teacher.features, self.temperature)
+
+        weight, _ = method.terms[TOKENS]
+        return Method(method.terms | {TOKENS: (weight, term)})
+
+    def _lock(self, description: dict[str, Any]) -> FolderLock:
+        """Locks the folder, as soon as no other run is filling it, and writes its description."""
         self.folder.mkdir(parents=True, exist_ok=True)
         announced = False
         while True:
             try:
-                return lock_folder(self.folder)
+                lock = lock_folder(self.folder)
             except UserError as error:
                 if not announced:
-                    print(f"waiting: {str(error).partition(':')[0]}")
+                    print(f"waiting: {str(error).partition(':')[0]}", flush=True)
                 announced = True
                 time.sleep(POLL)
+                continue
+            if not (self.folder / DESCRIPTION).exists():
+                write_json(self.folder / DESCRIPTION, description)
+            return lock
+
+    def _compress(
+        self, teacher: PreTrainedModel, targets: Tensor, ids: Tensor, **inputs: Tensor
+    ) -> dict[str, list[Tensor]]:
+        """The columns of each sample of a batch."""
+        samples = zip(teacher(**inputs).logits, targets != IGNORED, ids.tolist(), strict=True)
+        found = [self.form.compress(logits[keep], self.temperature, sample) for logits, keep, sample in samples]
+        return {name: [columns[name] for columns in found] for name in found[0]}
+
+
+def check_stored_logits(args: Any, training: KDTrainingArguments, divergence: str) -> None:
+    """Raises UserError for an invalid --teacher_logits, or a --teacher_logits_folder of another form."""
+    store = LogitStore.of(args, training, divergence, Path())
+    if store is not None and args.teacher_logits_folder is not None:
+        store.check()
+
+
+def _with_targets(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds labels and sample ids under names that are passed to `_compress`."""
+    return batch | {"targets": batch["labels"], "ids": batch["sample_id"]}
 
 
 def _read_description(path: Path) -> dict[str, Any]:

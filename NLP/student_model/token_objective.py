@@ -18,6 +18,8 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import NotNegative, Positive, ProperShare
 from kd.nlp.student_model.arguments import SEQUENCE_KD
 
+TOKENS = "tokens"  # the term of the divergence
+
 
 def kd(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0) -> Tensor:
     """Forward divergence T^2 KL(teacher || student) (arXiv:1503.02531)."""
@@ -89,6 +91,11 @@ def divergence_of(spec: str, temperature: float) -> Divergence:
     return divergence
 
 
+def temperature_of(spec: str, temperature: float) -> float:
+    """The temperature of the divergence `spec`, by default `temperature`."""
+    return float(parse_method(spec, DIVERGENCES, temperature=temperature).keywords["temperature"])
+
+
 class MethodParts(NamedTuple):
     """The parts of --method of a translator.
 
@@ -111,7 +118,7 @@ def parts_of(method: str) -> MethodParts:
 def token_level(alpha: float, divergence: Divergence, smoothing: float = 0.0) -> Method:
     """alpha * cross-entropy with (smoothed) labels + (1 - alpha) * divergence from the teacher, means over tokens."""
     labels, teacher = task_loss(smoothing=smoothing), logit_term(partial(_mean, divergence), ignore_unlabelled=True)
-    return Method({"task": (alpha, labels), "tokens": (1 - alpha, teacher)})
+    return Method({"task": (alpha, labels), TOKENS: (1 - alpha, teacher)})
 
 
 def _mean(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ RUN_FILES = (  # patterns of paths inside a run's folder; `*` also matches slash
     *REPORT_FILES,
     *(f"checkpoints/*/checkpoint-*/*{end}" for end in IN_CHECKPOINTS),
     "tensorboard/*/events.out.tfevents.*",
+    "teacher_logits/teacher_logits.json",
+    "teacher_logits/.lock",
 )
 TEMPORARY = (".*.[0-9]*.tmp", ".*.writing.[0-9]*", ".*.old.[0-9]*")  # names of unfinished files and folders
 NOT_PATHS = {"report_to", "run_name", "rollout_policy"}  # flags whose values are not paths, even if they look like one
