@@ -224,6 +224,8 @@ class GenerationTask(ABC):
 
     def results(self, run: TrainerRun, task: str, models: dict[str, Any], **headline: Any) -> dict[str, Any]:
         """The run's results.json. See `Run.results` for `headline`."""
+        if stored := getattr(self.args, "teacher_logits", None):
+            headline["method"] += f", {stored}"
         splits = self.splits
         sizes = {split: len(splits[split]) if split in splits else None for split in ("train", "validation", "test")}
         return run.results(
