@@ -2,9 +2,9 @@
 
     python benchmarks/sparse_logits.py
 
-A small GPT-2 teacher and a smaller student are trained on the embedded corpus for some seconds. The gradient is that of
-the divergence with respect to the student's weights, on one batch. With g of the dense divergence and N draws g_n of a
-form, the columns are
+A small GPT-2 teacher and a smaller student are trained on the embedded corpus for some seconds. The gradient is that
+of the divergence with respect to the student's weights, on one batch. With g of the dense divergence and N draws g_n
+of a form, the columns are
 
 - bias: |mean of g_n - g| / |g|; of an unbiased form about deviation / sqrt(N), which the next column shows;
 - deviation: the square root of the mean of |g_n - mean|^2, divided by |g|; it decreases with the root of the tokens in
@@ -86,7 +86,7 @@ def bytes_per_token(store: LogitStore, teacher: PreTrainedModel, tokenizer: Any,
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument(
-        "--steps", type=int, default=300, help="Training steps of the teacher; the student has a third."
+        "--steps", type=int, default=300, help="Training steps of the teacher, thrice those of the student."
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="Temperature of the divergence.")
     args = parser.parse_args()

@@ -88,8 +88,8 @@ class LogitStore:
             changed = [_difference(name, found.get(name), value) for name, value in wanted.items()]
             if any(changed):
                 raise UserError(
-                    f"{self.folder} has teacher logits of another {' and '.join(filter(None, changed))}: restore it, "
-                    f"or pass another {FOLDER_FLAG}"
+                    f"{self.folder} has teacher logits of another {' and '.join(filter(None, changed))}: pass the same "
+                    f"again, or another {FOLDER_FLAG}"
                 )
         elif self.folder.exists() and any(file.name != LOCK for file in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and has no {DESCRIPTION}: pass another {FOLDER_FLAG}")
@@ -160,6 +160,7 @@ class LogitStore:
                 announced = True
                 time.sleep(POLL)
                 continue
+            self.check(**description)  # another run may have filled it in the meantime
             if not (self.folder / DESCRIPTION).exists():
                 write_json(self.folder / DESCRIPTION, description)
             return lock
