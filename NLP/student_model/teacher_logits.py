@@ -88,7 +88,8 @@ class LogitStore:
             differences = [_difference(name, found.get(name), value) for name, value in wanted.items()]
             if changed := " and ".join(filter(None, differences)):
                 raise UserError(
-                    f"{self.folder} has teacher logits of another {changed}: pass the same again, or another {FOLDER_FLAG}"
+                    f"{self.folder} has teacher logits of another {changed}: pass the same again, or another folder "
+                    f"as {FOLDER_FLAG}"
                 )
         elif self.folder.exists() and any(file.name != LOCK for file in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not empty and has no {DESCRIPTION}: pass another {FOLDER_FLAG}")

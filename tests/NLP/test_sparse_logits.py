@@ -165,7 +165,7 @@ def teacher() -> Any:
 
 def tiny_teacher(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    return random_gpt2(VOCABULARY, 0, layers=1, width=16, positions=8, dropout=0.1).eval()
+    return random_gpt2(VOCABULARY, 0, layers=1, width=32, positions=8, dropout=0.1).eval()
 
 
 @pytest.fixture(scope="module")
