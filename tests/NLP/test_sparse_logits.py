@@ -179,7 +179,7 @@ def blocks(number: int = 40, size: int = 8, seed: int = 0) -> datasets.Dataset:
     tokens = torch.randint(0, VOCABULARY, (number, size + 1))
     labels = tokens[:, 1:].clone()
     for row in range(0, number, 3):
-        labels[row, : row % (size + 1)] = IGNORED
+        labels[row, : row // 3 % (size + 1)] = IGNORED
     columns = {"input_ids": tokens[:, :-1].numpy(), "labels": labels.numpy(), "length": [size] * number}
     return with_sample_ids(datasets.Dataset.from_dict(columns).with_format("torch"))
 
@@ -314,9 +314,7 @@ def test_another_content_is_refused_and_named(tmp_path, teacher, tokenizer):
         "another training data:  ": {"rows": datasets.Dataset.from_dict(ignoring).with_format("torch")},
         r"another form \(top:k=12, not sample:k=3": {"form": Sample(k=3)},
         r"another temperature \(2.0, not 1.0\)": {"temperature": 1.0},
-        r"another form .* and temperature .* and teacher:": {
-            "form": Top(k=2), "temperature": 3.0, "teacher": tiny_teacher(2)
-        },
+        r"another form .* and temperature .*:": {"form": Top(k=2), "temperature": 3.0},
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=name.strip()):
             opened(**{"folder": tmp_path, "teacher": teacher, "tokenizer": tokenizer} | change)
