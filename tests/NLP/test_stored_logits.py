@@ -76,7 +76,7 @@ def test_students_learn_the_same_from_the_folder_as_from_the_live_teacher(inputs
 
 
 def test_another_student_reads_the_folder_without_the_teacher(inputs, shared, tmp_path, monkeypatch):
-    monkeypatch.setattr(LogitStore, "_compress", None)  # not called
+    monkeypatch.setattr(LogitStore, "_compress", lambda *_, **__: pytest.fail("the teacher runs"))
     before = {path: path.stat().st_mtime_ns for path in shared.rglob("*") if path.is_file() and path.name != ".lock"}
     words = "--teacher_logits", f"top:k={VOCABULARY}", "--teacher_logits_folder", shared
     found = distill(inputs, tmp_path / "run", *words, "--student", "scratch", "--student_width", 32)
