@@ -70,7 +70,8 @@ def measure(form: Form, student: PreTrainedModel, logits: Tensor, teacher: Tenso
     for number in range(DRAWS if isinstance(form, Sample) else 1):
         columns = form.compress(teacher, temperature, number)
         columns["tokens"] = columns["tokens"].long()
-        drawn.append(gradient(student, form.loss(logits, columns, temperature)))
+        losses = form.loss(logits, *form.rows(columns), temperature=temperature)
+        drawn.append(gradient(student, losses.mean()))
     found = torch.stack(drawn)
     mean, number = found.mean(0), len(found)
     deviation = ((found - mean).square().sum() / max(1, number - 1)).sqrt() / dense.norm()

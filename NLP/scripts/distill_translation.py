@@ -76,6 +76,9 @@ class Arguments(StoredLogitsArguments):
             f"({', '.join(DIVERGENCE_NAMES)}; NAME[:key=value:...]), or both as {SEQUENCE_KD}+NAME."
         },
     )
+    average: Literal["tokens", "sequences"] = field(
+        default="tokens", metadata={"help": "Mean of the losses: over all tokens, or over sentences of their means."}
+    )
     beams: Count = field(
         default=5, metadata={"help": "Number of beams for the teacher's translations and the *_beam metrics."}
     )

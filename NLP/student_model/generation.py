@@ -10,9 +10,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kd.common.methods import Method, labels
+from kd.common.methods import Method
 from kd.common.metrics.quality import language_warning, token_counts
 from kd.common.pretrained import load_tokenizer, stage_loader
+from kd.common.token_terms import TokenWeights, label_term, per_token
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
@@ -114,10 +115,16 @@ class GenerationTask(ABC):
 
     def method(self, training: KDTrainingArguments, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Method:
         """Labels, and with a teacher also its distributions over the next token."""
-        smoothing = training.label_smoothing_factor
+        smoothing, weights = training.label_smoothing_factor, self.token_weights
         if teacher is None:
-            return labels(smoothing=smoothing)
-        return token_level(training.alpha, divergence_of(self.divergence, training.temperature), smoothing)
+            return Method({"task": (1.0, label_term(smoothing, weights))})
+        divergence = divergence_of(self.divergence, training.temperature)
+        return token_level(training.alpha, divergence, smoothing, weights)
+
+    @property
+    def token_weights(self) -> TokenWeights:
+        """The weights of the tokens in the mean of a batch."""
+        return per_token
 
     @property
     def divergence(self) -> str:

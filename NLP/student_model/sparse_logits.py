@@ -48,9 +48,13 @@ class Top:
             parts.append({"tokens": _token_ids(tokens, logits), "probabilities": numbers.half()})
         return joined(parts)
 
-    def loss(self, logits: Tensor, columns: Columns, temperature: float) -> Tensor:
-        """The loss of logits (labels, vocabulary) from the columns of these labels."""
-        return top_classes_kl(logits, columns["tokens"], columns["probabilities"], temperature)
+    def rows(self, columns: Columns) -> list[Tensor]:
+        """The columns with one row for each label, as `loss` takes them."""
+        return [columns["tokens"], columns["probabilities"]]
+
+    def loss(self, logits: Tensor, *rows: Tensor, temperature: float) -> Tensor:
+        """The loss (labels,) of logits (labels, vocabulary)."""
+        return top_classes_kl(logits, *rows, temperature=temperature, reduction="none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +99,17 @@ class Sample:
             "entropy": torch.special.entr(log_p.exp()).sum(dim=-1).half(),
         }
 
-    def loss(self, logits: Tensor, columns: Columns, temperature: float) -> Tensor:
-        """The loss of logits (labels, vocabulary) from the columns of these labels."""
-        is_drawn = torch.arange(self.k, device=logits.device) < columns["sizes"][:, None]
+    def rows(self, columns: Columns) -> list[Tensor]:
+        """The columns with one row for each label, as `loss` takes them. Weights are 0 after the last drawn token."""
+        is_drawn = torch.arange(self.k, device=columns["sizes"].device) < columns["sizes"][:, None]
         tokens = torch.zeros_like(is_drawn, dtype=torch.long).masked_scatter(is_drawn, columns["tokens"])
         weights = torch.zeros_like(is_drawn, dtype=torch.float)
         weights = weights.masked_scatter(is_drawn, columns["weights"].float() / self.k)
-        return sampled_kl(logits, tokens, weights, columns["entropy"], temperature)
+        return [tokens, weights, columns["entropy"]]
+
+    def loss(self, logits: Tensor, *rows: Tensor, temperature: float) -> Tensor:
+        """The estimated loss (labels,) of logits (labels, vocabulary)."""
+        return sampled_kl(logits, *rows, temperature=temperature, reduction="none")
 
 
 Form = Top | Sample

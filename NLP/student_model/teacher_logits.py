@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kd.common.data.fingerprints import data_fingerprint, dataset_hash, model_fingerprint
 from kd.common.methods import Method
 from kd.common.outputs import Outputs
+from kd.common.token_terms import TokenTerm
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import Collate, column_array
 from kd.common.training.teacher_outputs import TeacherOutputs, cache_outputs
@@ -136,16 +137,17 @@ class LogitStore:
     def replace_term(self, method: Method) -> Method:
         """The method with the forward divergence from `StoredLogits` in place of that from logits."""
 
-        def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-            assert student.logits is not None and labels is not None
-            assert teacher is not None and teacher.features is not None
-            logits = student.logits[labels != IGNORED]
-            if not len(logits):
-                return student.logits.sum() * 0.0
-            return self.form.loss(logits, teacher.features, self.temperature)
+        def rows_at_labels(teacher: Outputs | None, labels: Tensor | None) -> list[Tensor]:
+            """(batch, positions, ...), zeros where the label is IGNORED."""
+            assert teacher is not None and teacher.features is not None and labels is not None
+            found, labelled = self.form.rows(teacher.features), labels != IGNORED
+            spread = [rows.new_zeros(*labels.shape, *rows.shape[1:]) for rows in found]
+            return [zeros.index_put((labelled,), rows) for zeros, rows in zip(spread, found, strict=True)]
 
-        weight, _ = method.terms[TOKENS]
-        return Method(method.terms | {TOKENS: (weight, term)})
+        weight, term = method.terms[TOKENS]
+        assert isinstance(term, TokenTerm)
+        loss = partial(self.form.loss, temperature=self.temperature)
+        return Method(method.terms | {TOKENS: (weight, TokenTerm(loss, rows_at_labels, term.weights))})
 
     def _lock(self, description: dict[str, Any]) -> FolderLock:
         """Locks the folder, as soon as no other run is filling it, and writes its description."""

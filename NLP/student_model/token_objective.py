@@ -5,7 +5,6 @@ A divergence is a function of the logits (..., vocabulary) of student and teache
 token. Its keyword-only arguments are those of `--method NAME:argument=value`.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from kd.common import losses
 from kd.common.methods import Method, parse_method
-from kd.common.objective import Divergence, logit_term, task_loss
+from kd.common.objective import Divergence
+from kd.common.token_terms import TokenWeights, divergence_term, label_term, per_token
 from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import NotNegative, Positive, ProperShare
 from kd.nlp.student_model.arguments import SEQUENCE_KD
@@ -115,11 +115,11 @@ def parts_of(method: str) -> MethodParts:
     return MethodParts(divergence != method, divergence)
 
 
-def token_level(alpha: float, divergence: Divergence, smoothing: float = 0.0) -> Method:
-    """alpha * cross-entropy with (smoothed) labels + (1 - alpha) * divergence from the teacher, means over tokens."""
-    labels, teacher = task_loss(smoothing=smoothing), logit_term(partial(_mean, divergence), ignore_unlabelled=True)
-    return Method({"task": (alpha, labels), TOKENS: (1 - alpha, teacher)})
-
-
-def _mean(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
-    return divergence(student, teacher).mean()
+def token_level(
+    alpha: float, divergence: Divergence, smoothing: float = 0.0, weights: TokenWeights = per_token
+) -> Method:
+    """alpha * cross-entropy with (smoothed) labels + (1 - alpha) * divergence from the teacher, means over tokens or,
+    with the weights `per_sequence`, over sequences.
+    """
+    terms = label_term(smoothing, weights), divergence_term(divergence, weights)
+    return Method({"task": (alpha, terms[0]), TOKENS: (1 - alpha, terms[1])})

@@ -23,6 +23,7 @@ from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import token_counts, token_metrics, translation_metrics
 from kd.common.metrics.verdict import Measurement, measure_bleu
 from kd.common.reporting.plots import plot_curves
+from kd.common.token_terms import TokenWeights, per_sequence, per_token
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.common.training.teacher_outputs import cache_outputs
@@ -137,6 +138,10 @@ class TranslationTask(GenerationTask):
     @property
     def divergence(self) -> str:
         return str(parts_of(self.args.method).divergence)
+
+    @property
+    def token_weights(self) -> TokenWeights:
+        return per_sequence if self.args.average == "sequences" else per_token
 
     def train_student(
         self, run: TrainerRun, teacher: PreTrainedModel, translations: Dataset | None = None

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kd.common.losses.predictions import Reduction
 from kd.common.losses.shared import LOG_ZERO
 
 
@@ -15,8 +16,8 @@ def top_classes_kl(student_logits: Tensor, classes: Tensor, probabilities: Tenso
     and equal to it for r = 0. The shape of the student's distribution over the other classes is free.
 
     student_logits (rows, vocabulary); classes (rows, k), distinct in a row; probabilities (rows, k + 1), those of the
-    classes and r, at the same temperature. They are normalized, which undoes the rounding of stored numbers.
-    Raises ValueError for a temperature that is not positive and for other shapes.
+    classes and r, at the same temperature. They are normalized, which undoes the rounding of stored numbers. With
+    `reduction="none"`, the result is (rows,). Raises ValueError for a temperature that is not positive and for other shapes.
     """
     _check(student_logits, classes, probabilities, temperature, others=1)
     logits = student_logits.float() / temperature
@@ -24,11 +25,17 @@ def top_classes_kl(student_logits: Tensor, classes: Tensor, probabilities: Tenso
     log_q = torch.cat([logits.gather(-1, classes), others], dim=-1) - logits.logsumexp(dim=-1, keepdim=True)
     p = probabilities.detach().float()
     p = p / p.sum(dim=-1, keepdim=True)
-    return temperature**2 * (torch.xlogy(p, p) - p * log_q).sum(dim=-1).mean()
+    divergence = temperature**2 * (torch.xlogy(p, p) - p * log_q).sum(dim=-1)
+    return divergence.mean() if reduction == "mean" else divergence
 
 
 def sampled_kl(
-    student_logits: Tensor, classes: Tensor, weights: Tensor, entropy: Tensor, temperature: float = 1.0
+    student_logits: Tensor,
+    classes: Tensor,
+    weights: Tensor,
+    entropy: Tensor,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Unbiased estimate of the KL from the teacher's distribution p (Sparse Logit Sampling, arXiv:2503.16870):
 
@@ -39,13 +46,14 @@ def sampled_kl(
     p. An estimate may be negative.
 
     student_logits (rows, vocabulary); classes and weights (rows, k), of weight 0 where a row has fewer classes;
-    entropy (rows,), H(p) in nats, at the same temperature. Raises ValueError for a temperature that is not positive
+    entropy (rows,), H(p) in nats, at the same temperature. Reduction as in top_classes_kl. Raises ValueError for a temperature that is not positive
     and for other shapes.
     """
     _check(student_logits, classes, weights, temperature)
     logits = student_logits.float() / temperature
     log_q = logits.gather(-1, classes) - logits.logsumexp(dim=-1, keepdim=True)
-    return temperature**2 * (-(weights.detach().float() * log_q).sum(dim=-1) - entropy.float()).mean()
+    divergence = temperature**2 * (-(weights.detach().float() * log_q).sum(dim=-1) - entropy.detach().float())
+    return divergence.mean() if reduction == "mean" else divergence
 
 
 def _check(logits: Tensor, classes: Tensor, values: Tensor, temperature: float, others: int = 0) -> None:

@@ -31,7 +31,8 @@ def columns_of(form: Form, logits: Tensor, temperature: float, sample_id: int = 
 
 
 def loss_of(form: Form, student: Tensor, teacher: Tensor, temperature: float, sample_id: int = 0) -> Tensor:
-    return form.loss(student, columns_of(form, teacher, temperature, sample_id), temperature)
+    rows = form.rows(columns_of(form, teacher, temperature, sample_id))
+    return form.loss(student, *rows, temperature=temperature).mean()
 
 
 def estimates(form: Sample, logits: Tensor, draws: int) -> Tensor:
@@ -225,7 +226,7 @@ def test_shuffled_batches_have_the_loss_of_the_live_teacher(tmp_path, teacher, t
             columns_of(form, one[keep], 2.0, int(i))
             for one, keep, i in zip(logits, labels != IGNORED, batch["sample_id"], strict=True)
         ]
-        expected = form.loss(student[labels != IGNORED], joined(parts), 2.0)
+        expected = form.loss(student[labels != IGNORED], *form.rows(joined(parts)), temperature=2.0).mean()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         if form == Top(k=VOCABULARY):
             dense = soft_target_kl(student[labels != IGNORED], logits[labels != IGNORED], 2.0)

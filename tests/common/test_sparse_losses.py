@@ -75,6 +75,24 @@ def test_weight_zero_is_ignored_and_rounded_probabilities_are_normalized():
     torch.testing.assert_close(top_classes_kl(student, classes, p), top_classes_kl(student, classes, 1.001 * p))
 
 
+def test_losses_without_reduction():
+    torch.manual_seed(0)
+    student, classes, p = (
+        torch.randn(3, 5),
+        torch.tensor([[0, 1], [2, 4], [3, 0]]),
+        torch.tensor([[0.5, 0.3, 0.2]] * 3),
+    )
+    for each, mean in (
+        (top_classes_kl(student, classes, p, 2.0, "none"), top_classes_kl(student, classes, p, 2.0)),
+        (
+            sampled_kl(student, classes, p[:, :2], torch.ones(3), 2.0, "none"),
+            sampled_kl(student, classes, p[:, :2], torch.ones(3), 2.0),
+        ),
+    ):
+        assert each.shape == (3,)
+        torch.testing.assert_close(each.mean(), mean)
+
+
 def test_wrong_shapes_and_temperatures_are_errors():
     student, classes = torch.randn(3, 5), torch.zeros(3, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="do not fit"):
