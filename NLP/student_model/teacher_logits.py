@@ -141,6 +141,8 @@ class LogitStore:
             """(batch, positions, ...), zeros where the label is IGNORED."""
             assert teacher is not None and teacher.features is not None and labels is not None
             found, labelled = self.form.rows(teacher.features), labels != IGNORED
+            if len(found[0]) != labelled.sum():
+                raise ValueError(f"{len(found[0])} stored distributions do not fit {labelled.sum()} labels")
             spread = [rows.new_zeros(*labels.shape, *rows.shape[1:]) for rows in found]
             return [zeros.index_put((labelled,), rows) for zeros, rows in zip(spread, found, strict=True)]
 

@@ -7,7 +7,13 @@ from kd.common.losses.predictions import Reduction
 from kd.common.losses.shared import LOG_ZERO
 
 
-def top_classes_kl(student_logits: Tensor, classes: Tensor, probabilities: Tensor, temperature: float = 1.0) -> Tensor:
+def top_classes_kl(
+    student_logits: Tensor,
+    classes: Tensor,
+    probabilities: Tensor,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
     """KL from the teacher's k largest probabilities p_i and the mass r of all other classes, which count as one class:
 
         temperature^2 * mean over rows of [sum_i p_i log(p_i / q_i) + r log(r / (1 - sum_i q_i))]
@@ -17,7 +23,8 @@ def top_classes_kl(student_logits: Tensor, classes: Tensor, probabilities: Tenso
 
     student_logits (rows, vocabulary); classes (rows, k), distinct in a row; probabilities (rows, k + 1), those of the
     classes and r, at the same temperature. They are normalized, which undoes the rounding of stored numbers. With
-    `reduction="none"`, the result is (rows,). Raises ValueError for a temperature that is not positive and for other shapes.
+    `reduction="none"`, the result is (rows,). Raises ValueError for a temperature that is not positive and for other
+    shapes.
     """
     _check(student_logits, classes, probabilities, temperature, others=1)
     logits = student_logits.float() / temperature
@@ -46,8 +53,7 @@ def sampled_kl(
     p. An estimate may be negative.
 
     student_logits (rows, vocabulary); classes and weights (rows, k), of weight 0 where a row has fewer classes;
-    entropy (rows,), H(p) in nats, at the same temperature. Reduction as in top_classes_kl. Raises ValueError for a temperature that is not positive
-    and for other shapes.
+    entropy (rows,), H(p) in nats, at the same temperature. Reduction and errors as in top_classes_kl.
     """
     _check(student_logits, classes, weights, temperature)
     logits = student_logits.float() / temperature
