@@ -9,6 +9,7 @@
 The student learns the teacher's distribution over each next token of the references (kd), the teacher's beam-search
 translations instead of the references (sequence_kd), or the teacher's distributions over its translations
 (sequence_kd+kd).
+With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
 """
 
 from dataclasses import dataclass, field
@@ -18,14 +19,14 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
-from kd.nlp.student_model.arguments import GenerativePairArguments
+from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import SCRATCH
 
 SCRATCH_EPOCHS = 5
 
 
 @dataclass
-class Arguments(GenerativePairArguments):
+class Arguments(OnPolicyArguments):
     """Data, layers and method."""
 
     dataset: str = field(
