@@ -38,14 +38,10 @@ class Arguments(OnPolicyArguments):
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "Maximum number of sentence pairs in each of the other splits."}
     )
-    source: str = field(
-        default="en", metadata={"help": "Column of the source sentences, or its key in the column translation."}
-    )
-    target: str = field(
-        default="de", metadata={"help": "Column of the target sentences, or its key in the column translation."}
-    )
+    source: str = field(default="en", metadata={"help": "Column of sources, or key in the column translation."})
+    target: str = field(default="de", metadata={"help": "Column of targets, or key in the column translation."})
     source_prefix: str = field(
-        default="", metadata={"help": "Text added before each source sentence, such as the task prefix of T5."}
+        default="", metadata={"help": "Text before each source sentence, such as T5's task prefix."}
     )
     max_length: Count = field(
         default=128, metadata={"help": "Maximum number of tokens; longer sentences are truncated."}
@@ -53,7 +49,7 @@ class Arguments(OnPolicyArguments):
 
     teacher_epochs: NotNegative | None = field(
         default=None,
-        metadata={"help": f"Epochs of training the teacher (default: {SCRATCH_EPOCHS} with random weights, else 0)."},
+        metadata={"help": f"Epochs of training the teacher (default: {SCRATCH_EPOCHS} from scratch, else 0)."},
     )
     teacher_learning_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate of the teacher (default: --learning_rate)."}

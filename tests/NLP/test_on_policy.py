@@ -385,13 +385,14 @@ def test_flags_without_effect(kind, words, message):
 # ---- the scripts ----
 
 
-TINY = "--teacher_width 32 --student_width 32 --num_train_epochs 1 --precision fp32 --report_to none".split()
+TINY = "--teacher_width 32 --num_train_epochs 1 --precision fp32 --report_to none".split()
 
 
 def test_a_translator_is_distilled_on_policy(tmp_path, capsys):
-    tokens = "--teacher_layers 1 --vocabulary_size 120 --max_length 12 --max_new_tokens 6 --beams 2".split()
+    tokens = "--student_width 32 --teacher_layers 1 --vocabulary_size 120 --max_length 12 --beams 2".split()
     words = ["--max_train_samples", 32, "--max_eval_samples", 8, "--teacher_epochs", 1, "--method", "kd"]
-    recipe = recipe_of(*TINY, *tokens, "--on_policy_share", "0.5", "--per_device_train_batch_size", "4")
+    tokens += "--on_policy_share 0.5 --max_new_tokens 6".split()
+    recipe = recipe_of(*TINY, *tokens, "--per_device_train_batch_size", "4")
     run_script("NLP/scripts/distill_translation.py", recipe, *words, "--output_dir", tmp_path / "run")
     printed = capsys.readouterr()
     lines = [line for line in (printed.out + printed.err).splitlines() if "sampled tokens" in line]
