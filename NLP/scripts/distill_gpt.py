@@ -8,6 +8,7 @@ The student learns the teacher's distribution over each next token of the corpus
 arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543), the generalized Jensen-Shannon divergence
 (js, arXiv:2306.13649), the skewed KL divergences (skew_kl and skew_reverse_kl, arXiv:2402.03898), the total variation
 distance (tv, arXiv:2307.15190) or the alpha-beta divergence (abkd, arXiv:2505.04560).
+With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
 """
 
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
 from kd.nlp.student_model.arguments import CUT, DIVERGENCE_NAMES, StoredLogitsArguments
+from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
 
 @dataclass
-class Arguments(StoredLogitsArguments):
+class Arguments(StoredLogitsArguments, OnPolicyArguments):
     """Data, layers and method."""
 
     dataset: str = field(
@@ -53,11 +55,14 @@ class Arguments(StoredLogitsArguments):
         default="kd",
         metadata={
             "help": f"Divergence from the teacher, NAME[:key=value:...], as in js:beta=0.1: "
-            f" {', '.join(DIVERGENCE_NAMES)}."
+            f"{', '.join(DIVERGENCE_NAMES)}."
         },
     )
     hidden_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching hidden states by L2 and cosine."}
+    )
+    prompt_length: Count | None = field(
+        default=None, metadata={"help": "Tokens of a block before a sample (default: half of --block_size)."}
     )
 
 

@@ -348,6 +348,7 @@ class GenerativePairArguments:
     )
     student_width: Count = field(default=64, metadata={"help": "Hidden size of a student with random weights."})
     dropout: ShareBelow1 = field(default=0.1, metadata={"help": "Dropout of models with random weights."})
+    on_policy_share = 0.0  # a flag of OnPolicyArguments
 
     def __post_init__(self) -> None:
         for name in ("teacher_width", "student_width"):
@@ -396,8 +397,9 @@ class StoredLogitsArguments(GenerativePairArguments):
                 f"--teacher_logits serves the forward divergence alone, which --method {method} is not: pass --method "
                 "kd, or leave --teacher_logits out"
             )
-        if getattr(self, "hidden_weight", 0):
-            raise ValueError("--hidden_weight needs the teacher in every step: leave --teacher_logits out")
+        for flag in ("hidden_weight", "on_policy_share"):
+            if getattr(self, flag, 0):
+                raise ValueError(f"--{flag} needs the teacher in every step: leave --teacher_logits out")
 
     def check_unused_flags(self) -> None:
         super().check_unused_flags()

@@ -19,6 +19,7 @@ from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.student_model.arguments import CUT
+from kd.nlp.student_model.on_policy import OnPolicyObjective, StudentSamples, check_on_policy
 from kd.nlp.student_model.teacher_logits import LogitStore, with_sample_ids
 from kd.nlp.student_model.token_objective import divergence_of, token_level
 from kd.nlp.teacher_model import SCRATCH
@@ -42,8 +43,9 @@ def open_run(
 ) -> TrainerRun:
     """Opens the output folder for a new run, or continues the run in it. `data` has a fingerprint.
 
-    Raises UserError if that run started from other data or models.
+    Raises UserError if that run started from other data or models, or if --on_policy_share does not fit other flags.
     """
+    check_on_policy(args, training)
     run = TrainerRun(training, args)
     run.check_inputs(data.fingerprint, **models_and_tokenizers({"teacher": teacher, "student": student}))
     return run
@@ -144,6 +146,13 @@ class GenerationTask(ABC):
         """The rows of a stage as the trainer reads them."""
         return rows
 
+    @property
+    def method_name(self) -> str:
+        """The name of the method in reports."""
+        share, stored = self.args.on_policy_share, getattr(self.args, "teacher_logits", None)
+        name = f"{self.args.method}_on_policy_{share:g}" if share else str(self.args.method)
+        return f"{name}, {stored}" if stored else name
+
     # ---- stages ----
 
     def train_teacher(self, run: TrainerRun) -> PreTrainedModel:
@@ -206,11 +215,15 @@ class GenerationTask(ABC):
             with run.timed("teacher_outputs"):
                 outputs = store.open(teacher, self.tokenizer, rows, collate, run.args.per_device_eval_batch_size)
             method, source = store.replace_term(method), {"teacher_outputs": outputs}
+        samples = None
+        if teacher is not None and self.args.on_policy_share:
+            samples = StudentSamples(self.args, self.tokenizer, run.args.seed, run.args.process_index)
         return run.train(
             role,
             model,
             {"learning_rate": self.learning_rate(run.args, role)} | self.common_arguments | training_arguments,
-            objective=method.objective,
+            objective=method.objective if samples is None else OnPolicyObjective(method),
+            replace_batch=samples,
             features=method.features,
             teacher_features=method.teacher_features,
             train_dataset=self.training_rows(run, rows),
@@ -231,8 +244,6 @@ class GenerationTask(ABC):
 
     def results(self, run: TrainerRun, task: str, models: dict[str, Any], **headline: Any) -> dict[str, Any]:
         """The run's results.json. See `Run.results` for `headline`."""
-        if stored := getattr(self.args, "teacher_logits", None):
-            headline["method"] += f", {stored}"
         splits = self.splits
         sizes = {split: len(splits[split]) if split in splits else None for split in ("train", "validation", "test")}
         return run.results(

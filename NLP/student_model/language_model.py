@@ -216,7 +216,7 @@ class LanguageTask(GenerationTask):
             self.data.name,
             {role: evaluation.entry for role, evaluation in evaluations.items()},
             measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
-            method=args.method + ("_hidden" if args.hidden_weight else ""),
+            method=self.method_name + ("_hidden" if args.hidden_weight else ""),
             metric="perplexity",
             lower_is_better=True,
             chance=unigram_perplexity(train, validation, models["student"].config.vocab_size),

@@ -93,6 +93,7 @@ def test_another_student_reads_the_folder_without_the_teacher(inputs, shared, tm
         (["--teacher_logits", "sample", "--method", "js"], "--method js is not: pass --method kd", True),
         (["--teacher_logits", "top", "--method", "tv"], "forward divergence alone", True),
         (["--teacher_logits", "top", "--hidden_weight", "1"], "leave --teacher_logits out", True),
+        (["--teacher_logits", "top", "--on_policy_share", "0.5"], "leave --teacher_logits out", True),
         (["--teacher_logits_folder", "x"], "--teacher_logits is not set", True),
         (["--teacher_logits", "sample", "--teacher_logits_folder", "SHARED"], "another form", True),
         (
