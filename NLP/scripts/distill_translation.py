@@ -45,7 +45,7 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
         default="", metadata={"help": "Text before each source sentence, such as T5's task prefix."}
     )
     max_length: Count = field(
-        default=128, metadata={"help": "Maximum number of tokens; longer sentences are truncated."}
+        default=128, metadata={"help": "Number of tokens after which a sentence is truncated."}
     )
 
     teacher_epochs: NotNegative | None = field(

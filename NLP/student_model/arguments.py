@@ -377,14 +377,11 @@ class StoredLogitsArguments(GenerativePairArguments):
 
     teacher_logits: str | None = field(
         default=None,
-        metadata={
-            "help": "Store some of the teacher's probabilities once, as top:k=64 or sample:k=16 (default: run the "
-            "teacher in every step)."
-        },
+        metadata={"help": "Store some probabilities of the teacher: top:k=64 or sample:k=16."},
     )
     teacher_logits_folder: str | None = field(
         default=None,
-        metadata={"help": "Folder of --teacher_logits, which runs can share (default: in --output_dir)."},
+        metadata={"help": "Folder of --teacher_logits (default: in --output_dir)."},
     )
 
     def __post_init__(self) -> None:
