@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 from kd.common.metrics.verdict import OVER_EXAMPLES, OVER_SEEDS, verdict_over_seeds
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.reporting.results import RESULTS
-from kd.common.reporting.tables import markdown, mean_and_deviation, number, print_rich
+from kd.common.reporting.tables import markdown, mean_and_deviation, number, print_rich, words
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
 from kd.image_classification.student_model.sweep import DIVERGED, Student
 
+KD = "kd"  # the method with which the others are compared
 LONGEST_LABEL = 24
 GROUP = ["label", "rate"]  # columns that identify a student
 CONTROL_SENTENCES = {  # by the word of the verdict
@@ -51,7 +52,10 @@ def write_sweep_report(folder: Path, students: list[Student], seeds: list[int]) 
     (header, cells), notes = table(rows), compare_students(results, split)
     if diverged:
         notes.append(f"Diverged (the loss is not finite) and left out: {named}.")
-    write_text(folder / "sweep.md", "\n\n".join([markdown(header, cells), *notes]) + "\n")
+    sections = [markdown(header, cells)]
+    if "test" in teacher["metrics"]:
+        sections += [f"On test, with 95% intervals ({OVER_SEEDS}):", markdown(*test_table(results))]
+    write_text(folder / "sweep.md", "\n\n".join([*sections, *notes]) + "\n")
     plot(folder / "sweep.png", rows, split, teacher["metrics"][split]["accuracy"])
     below = "\n".join([*notes, str(folder / "sweep.md"), str(folder / "sweep.png")])
     print_rich(header, cells, title="Mean ± standard deviation over seeds", below=below)
@@ -86,6 +90,36 @@ def table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
         ]
         cells.append([label, f"{rate:g}", str(len(runs)), *figures, mean_and_deviation(runs["seconds"].tolist())])
     return ["student", "learning rate", "seeds", *means, *sizes, "seconds"], cells
+
+
+def test_table(results: dict[tuple[Student, int], dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A row per student: test accuracy, its gain over the control and over plain KD, agreement and calibration."""
+    metrics = {key: found["models"]["student"]["metrics"]["test"] for key, found in results.items()}
+    students = list(dict.fromkeys(student for student, _ in results))
+    kd = [student for student in students if student.method.split(":")[0] == KD]
+    cells = []
+    for student in students:
+        seeds = [seed for one, seed in results if one == student]
+        same_rate = [one for one in kd if one.learning_rate == student.learning_rate and not student.is_control]
+        others = [student.control, next(iter(same_rate), None)]
+        columns = [[metrics[student, seed][name] for seed in seeds] for name in ("accuracy", "agreement", "ece")]
+        accuracy, *rest = map(mean_and_deviation, columns)
+        gains = [_gain(metrics, student, other, seeds) if other != student else None for other in others]
+        cells.append([student.label, f"{student.learning_rate:g}", accuracy, *(gain or "–" for gain in gains), *rest])
+    names = ["test accuracy", "gain over control", f"gain over {KD}", words("agreement"), words("ece")]
+    return ["student", "learning rate", *names], cells
+
+
+def _gain(
+    metrics: dict[tuple[Student, int], dict[str, float]], student: Student, other: Student | None, seeds: list[int]
+) -> str | None:
+    """The mean gain in accuracy over another student and its interval; None if that one lacks a seed."""
+    if other is None or any((other, seed) not in metrics for seed in seeds):
+        return None
+    gains = [metrics[student, seed]["accuracy"] - metrics[other, seed]["accuracy"] for seed in seeds]
+    verdict = verdict_over_seeds([{"gain": gain, "interval": None} for gain in gains])
+    interval = "" if verdict["interval"] is None else " ({:.4f} to {:.4f})".format(*verdict["interval"])
+    return f"{verdict['gain']:.4f}{interval}"
 
 
 def compare_students(results: dict[tuple[Student, int], dict[str, Any]], split: str) -> list[str]:

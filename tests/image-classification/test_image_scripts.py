@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy.stats import ttest_rel
 
 from kd.common.reporting.results import validate
 from kd.common.utils.errors import UserError
@@ -361,13 +363,35 @@ def test_a_sweep_trains_each_student_once(teacher, tmp_path, capsys):
 
 
 def test_a_sweep_accepts_more_seeds_and_shares_its_teacher(tmp_path, capsys):
-    words = [*SHORT, *PAIR, "--teacher", "resnet8", "--methods", "none,kd", "--output_dir", tmp_path]
+    words = [*SHORT, *PAIR, "--teacher", "resnet8", "--methods", "none,kd,kd:alpha=0.5", "--output_dir", tmp_path]
     script("train_student.py", *words, "--seeds", 1)
     before = weights(tmp_path / "seed1" / "students" / "kd_lr0.1")
     script("train_student.py", *words, "--seeds", "0,1")
-    assert "2 of 4 students are already finished" in capsys.readouterr().out
+    assert "3 of 6 students are already finished" in capsys.readouterr().out
     assert [path.parent.parent.name for path in tmp_path.rglob("stages/teacher")] == [tmp_path.name]
     assert all(torch.equal(w, before[name]) for name, w in weights(tmp_path / "seed1/students/kd_lr0.1").items())
+    check_test_table(tmp_path)
+
+
+def check_test_table(folder: Path) -> None:
+    """The gains on test and their intervals are those of a paired t-test of scipy."""
+    accuracy = {
+        name: [
+            results_of(folder / f"seed{seed}/students/{name}_lr0.1")["models"]["student"]["metrics"]["test"][
+                "accuracy"
+            ]
+            for seed in (0, 1)
+        ]
+        for name in ("none", "kd", "kd_alpha_0_5")
+    }
+    rows = (folder / "sweep.md").read_text().split("On test")[1].split("\n\n")[1].splitlines()[2:]
+    cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ") for row in rows}
+    assert cells["none"][3:5] == ["–", "–"] and cells["kd"][4] == "–"
+    for column, other in ((3, "none"), (4, "kd")):
+        found = ttest_rel(accuracy["kd_alpha_0_5"], accuracy[other])
+        interval = found.confidence_interval(0.95)
+        gain = np.mean(accuracy["kd_alpha_0_5"]) - np.mean(accuracy[other])
+        assert cells["kd:alpha=0.5"][column] == f"{gain:.4f} ({interval.low:.4f} to {interval.high:.4f})"
 
 
 @pytest.mark.slow
