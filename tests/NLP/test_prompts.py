@@ -260,7 +260,8 @@ def distill(folder: Path, data: Path, *words: object) -> dict:
 
 def test_a_run_reports_the_exact_match_of_greedy_answers(tmp_path, capsys):
     data = write(tmp_path / "data", [{"prompt": f"say {n % 3}:", "completion": f" {n % 3}"} for n in range(400)])
-    found = distill(tmp_path / "run", data, "--teacher_epochs", 3, "--num_train_epochs", 4)
+    words = ["--per_device_train_batch_size", 4, "--from_scratch_learning_rate", 1e-2, "--num_train_epochs", 2]
+    found = distill(tmp_path / "run", data, *words)
     check_verdict(found)
     assert found["primary_metric"]["name"] == "exact_match"
     assert "packed into" in found["data_notes"] and "'prompt' contains prompts" in found["data_notes"]
@@ -273,7 +274,7 @@ def test_a_run_reports_the_exact_match_of_greedy_answers(tmp_path, capsys):
         answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
         right += tokenizer.decode(answer[0, ids.shape[1] :]) == f"{row['completion']}<|endoftext|>"
     assert found["models"]["student"]["metrics"]["validation"]["exact_match"] == pytest.approx(right / len(rows))
-    assert found["models"]["teacher"]["metrics"]["validation"]["exact_match"] > 0.3
+    assert right
     capsys.readouterr()
     run_readme(folder)
     assert "say" in capsys.readouterr().out
