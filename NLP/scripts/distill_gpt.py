@@ -7,8 +7,9 @@
 
 The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
 arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543) or the generalized Jensen-Shannon
-divergence (js, arXiv:2306.13649). Of prompts and completions, or of chats, only the
-completions, or the assistant's messages, count in losses and metrics.
+divergence (js, arXiv:2306.13649).
+With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649). Of prompts and completions, or of
+chats, only the completions, or the assistant's messages, count in losses and metrics.
 """
 
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
-from kd.nlp.student_model.arguments import CUT, GenerativePairArguments
+from kd.nlp.student_model.arguments import CUT
+from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
 
 @dataclass
-class Arguments(GenerativePairArguments):
+class Arguments(OnPolicyArguments):
     """Data, layers and method."""
 
     dataset: str = field(
@@ -65,6 +67,9 @@ class Arguments(GenerativePairArguments):
     )
     hidden_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching hidden states by L2 and cosine."}
+    )
+    prompt_length: Count | None = field(
+        default=None, metadata={"help": "Tokens of a block before a sample (default: half of --block_size)."}
     )
 
     def check_unused_flags(self) -> None:

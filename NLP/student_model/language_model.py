@@ -227,7 +227,7 @@ class LanguageTask(GenerationTask):
             self.data.name,
             {role: evaluation.entry for role, evaluation in evaluations.items()},
             measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
-            method=self.args.method + ("_hidden" if self.args.hidden_weight else ""),
+            method=self.method_name + ("_hidden" if self.args.hidden_weight else ""),
             corpus={"tokens": tokens, "bytes": {split: self.size(split) for split in self.splits}},
             sample={"prompt": one_line(sample.prompt)} | samples,
             **self.headline(models["student"].config.vocab_size),

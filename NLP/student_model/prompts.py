@@ -62,13 +62,13 @@ class PromptTask(LanguageTask):
         print_notes(self.data.name, [text])
 
     @staticmethod
-    def learn_tokenizer(args: Any, data: PromptData) -> PreTrainedTokenizerBase:
+    def learn_tokenizer(args: Any, data: Any) -> PreTrainedTokenizerBase:
         rows = data.splits["train"]
         texts = (f"{row['prompt']}{row['completion']}" for row in rows)  # chats need a named teacher
         return byte_level_bpe(texts, args.vocabulary_size, args.block_size)
 
     @staticmethod
-    def tokenize(args: Any, data: PromptData, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    def tokenize(args: Any, data: Any, tokenizer: PreTrainedTokenizerBase) -> Splits:
         notes: list[str] = []
         splits = {split: token_rows(data, split, tokenizer, args.block_size, notes) for split in data.splits}
         data.notes.extend(notes)

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -54,7 +55,7 @@ def tokenizer() -> GPT2Tokenizer:
 
 
 @pytest.fixture
-def chat_tokenizer(tokenizer) -> GPT2Tokenizer:
+def chat_tokenizer(tokenizer) -> Iterator[GPT2Tokenizer]:
     tokenizer.chat_template = TEMPLATE
     yield tokenizer
     tokenizer.chat_template = None
