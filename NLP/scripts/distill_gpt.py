@@ -8,8 +8,8 @@
 The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
 arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543) or the generalized Jensen-Shannon
 divergence (js, arXiv:2306.13649).
-With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649). Of prompts and completions, or of
-chats, only the completions, or the assistant's messages, count in losses and metrics.
+With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
+Of prompts and completions, or of chats, only the completions, or the assistant's messages, count in losses and metrics.
 """
 
 from dataclasses import dataclass, field
@@ -113,6 +113,7 @@ def main() -> None:
     named_models = teacher, _ = load_named_models(args)
     task = LanguageTask
     if isinstance(data, PromptData):
+        reject_unused("the prompts of samples are those of the data", args, "prompt_length")
         data.check_template(teacher and teacher.tokenizer)
         task = PromptTask
     run = open_run(training, args, data, *named_models)
