@@ -9,7 +9,7 @@ The student learns the teacher's distribution over each next token of the corpus
 arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543) or the generalized Jensen-Shannon
 divergence (js, arXiv:2306.13649).
 With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
-Of prompts and completions, or of chats, only the completions, or the assistant's messages, count in losses and metrics.
+Of prompts and completions, or of chats, only completions, or the assistant's messages, count in losses and metrics.
 """
 
 from dataclasses import dataclass, field
