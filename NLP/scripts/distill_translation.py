@@ -44,9 +44,7 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
     source_prefix: str = field(
         default="", metadata={"help": "Text before each source sentence, such as T5's task prefix."}
     )
-    max_length: Count = field(
-        default=128, metadata={"help": "Number of tokens after which a sentence is truncated."}
-    )
+    max_length: Count = field(default=128, metadata={"help": "Number of tokens after which a sentence is truncated."})
 
     teacher_epochs: NotNegative | None = field(
         default=None,

@@ -208,7 +208,7 @@ class GenerationTask(ABC):
         gather.
         """
         method, collate = self.method(run.args, model, teacher), self.collator(model)
-        rows = self.splits["train"] if rows is None else rows
+        rows = self.training_rows(run, self.splits["train"] if rows is None else rows)
         source: dict[str, Any] = {"teacher": teacher}
         if teacher is not None and (store := self.logit_store(run)):
             rows = with_sample_ids(rows)
@@ -226,7 +226,7 @@ class GenerationTask(ABC):
             replace_batch=samples,
             features=method.features,
             teacher_features=method.teacher_features,
-            train_dataset=self.training_rows(run, rows),
+            train_dataset=rows,
             eval_dataset=self.splits["validation"],
             data_collator=collate,
             preprocess_logits_for_metrics=token_counts,

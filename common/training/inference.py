@@ -96,7 +96,8 @@ def run_inference(
     outputs: list[tuple[int, dict[str, Tensor]]] = []
     try:
         for rows, batch in zip(batches, progress, strict=True):
-            batch = {name: value.to(device) for name, value in batch.items() if name not in NOT_INPUTS}
+            batch = {name: value for name, value in batch.items() if name not in NOT_INPUTS}
+            batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
             with autocast(device, precision):
                 batch_outputs = call(**batch)
             outputs += zip(rows, _split(batch_outputs, batch.get("attention_mask")), strict=True)

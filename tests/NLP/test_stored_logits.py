@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kd.nlp.student_model.prompts import PromptTask
 from kd.nlp.student_model.teacher_logits import LogitStore
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd_testing.scripts import recipe_of, run_script
@@ -132,6 +133,22 @@ def test_invalid_arguments_and_another_content_give_one_line(
     assert error.startswith("error: ") and message in error, error
     assert not (is_early and (tmp_path / "run").exists())
     assert not (tmp_path / "run" / "student").exists()
+
+
+@pytest.mark.parametrize("is_packed", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_of_prompts_only_completions_are_stored(tmp_path, monkeypatch, is_packed):
+    monkeypatch.setattr(PromptTask, "packs", is_packed)
+    words = "--dataset", "answers", "--max_train_samples", 60, "--max_eval_samples", 8, "--student", "scratch"
+    teacher = (
+        "--teacher_layers 1 --teacher_width 32 --student_width 32 --teacher_epochs 1 --vocabulary_size 270".split()
+    )
+    stored = "--teacher_logits", "top:k=2", "--no_control", "--output_dir", tmp_path / "run", "--precision", "fp32"
+    run_script(GPT, *words, *teacher, *stored, "--num_train_epochs", 1, "--block_size", 96, "--report_to", "none")
+    shards = list((tmp_path / "run" / "teacher_logits").glob("*/*/outputs.arrow"))
+    rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
+    tokens = json.loads((tmp_path / "run" / "results.json").read_text())["corpus"]["tokens"]["train"]
+    assert sum(map(len, rows["tokens"])) == tokens
+    assert (len(rows) < 60) == is_packed
 
 
 def test_a_translator_learns_from_samples_of_the_teacher(tmp_path):
