@@ -143,7 +143,9 @@ def test_of_prompts_only_completions_are_stored(tmp_path, monkeypatch, is_packed
         "--teacher_layers 1 --teacher_width 32 --student_width 32 --teacher_epochs 1 --vocabulary_size 270".split()
     )
     stored = "--teacher_logits", "top:k=2", "--no_control", "--output_dir", tmp_path / "run", "--precision", "fp32"
-    run_script(GPT, *words, *teacher, *stored, "--num_train_epochs", 1, "--block_size", 96, "--report_to", "none")
+    run_script(
+        GPT, *words, *teacher.split(), *stored, "--num_train_epochs", 1, "--block_size", 96, "--report_to", "none"
+    )
     shards = list((tmp_path / "run" / "teacher_logits").glob("*/*/outputs.arrow"))
     rows = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
     tokens = json.loads((tmp_path / "run" / "results.json").read_text())["corpus"]["tokens"]["train"]
