@@ -52,9 +52,9 @@ class Top:
         """The columns with one row for each label, as `loss` takes them."""
         return [columns["tokens"], columns["probabilities"]]
 
-    def loss(self, logits: Tensor, *rows: Tensor, temperature: float) -> Tensor:
+    def loss(self, logits: Tensor, tokens: Tensor, probabilities: Tensor, *, temperature: float) -> Tensor:
         """The loss (labels,) of logits (labels, vocabulary)."""
-        return top_classes_kl(logits, *rows, temperature=temperature, reduction="none")
+        return top_classes_kl(logits, tokens, probabilities, temperature, "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,9 @@ class Sample:
         weights = weights.masked_scatter(is_drawn, columns["weights"].float() / self.k)
         return [tokens, weights, columns["entropy"]]
 
-    def loss(self, logits: Tensor, *rows: Tensor, temperature: float) -> Tensor:
+    def loss(self, logits: Tensor, tokens: Tensor, weights: Tensor, entropy: Tensor, *, temperature: float) -> Tensor:
         """The estimated loss (labels,) of logits (labels, vocabulary)."""
-        return sampled_kl(logits, *rows, temperature=temperature, reduction="none")
+        return sampled_kl(logits, tokens, weights, entropy, temperature, "none")
 
 
 Form = Top | Sample
