@@ -2,6 +2,7 @@
 
     python NLP/scripts/distill_gpt.py
     python NLP/scripts/distill_gpt.py --method reverse_kl --student scratch --student_layers 2
+    python NLP/scripts/distill_gpt.py NLP/scripts/answers.yaml   # prompts and short answers
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
 The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
@@ -9,6 +10,7 @@ arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543), the
 (js, arXiv:2306.13649), the skewed KL divergences (skew_kl and skew_reverse_kl, arXiv:2402.03898), the total variation
 distance (tv, arXiv:2307.15190) or the alpha-beta divergence (abkd, arXiv:2505.04560).
 With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
+Of prompts and completions, or of chats, only completions, or the assistant's messages, count in losses and metrics.
 """
 
 from dataclasses import dataclass, field
@@ -29,14 +31,24 @@ class Arguments(OnPolicyArguments):
 
     dataset: str = field(
         default="python",
-        metadata={"help": "Embedded corpus python, Hub name[:config], or folder of .txt, parquet, CSV or JSON files."},
+        metadata={
+            "help": "Embedded python (texts) or answers (prompts), Hub name[:config], or folder of .txt, parquet, CSV "
+            "or JSON files."
+        },
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the texts (default: inferred)."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of prompts (default: prompt)."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column of completions, which alone count (default: completion)."}
+    )
+    messages_column: str | None = field(
+        default=None, metadata={"help": "Column of chats, lists of role and content (default: messages)."}
+    )
     max_train_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of training documents, or lines of a .txt file."}
+        default=None, metadata={"help": "Maximum number of training documents or rows, or lines of a .txt file."}
     )
     max_eval_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of documents or lines in each of the other splits."}
+        default=None, metadata={"help": "Maximum number of documents, rows or lines in each of the other splits."}
     )
     block_size: Annotated[int, Range(2, MOST)] = field(
         default=128, metadata={"help": "Number of tokens in a training block."}
@@ -65,6 +77,12 @@ class Arguments(OnPolicyArguments):
         default=None, metadata={"help": "Tokens of a block before a sample (default: half of --block_size)."}
     )
 
+    def check_unused_flags(self) -> None:
+        super().check_unused_flags()
+        if self.text_column:
+            prompts = "prompt_column", "completion_column", "messages_column"
+            reject_unused("--text_column names the column of plain texts", self, *prompts)
+
 
 @dataclass
 class LanguageTrainingArguments(KDTrainingArguments):
@@ -83,9 +101,10 @@ if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from kd.common.data.sources import print_notes
-from kd.nlp.data.corpora import load_corpus
+from kd.nlp.data.prompts import PromptData, load_language_data
 from kd.nlp.student_model.generation import open_run
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
+from kd.nlp.student_model.prompts import PromptTask
 from kd.nlp.student_model.token_objective import divergence_of
 
 
@@ -95,11 +114,16 @@ def main() -> None:
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
     divergence_of(args.method, training.temperature)  # raises UserError for an invalid method
-    corpus = load_corpus(args.dataset, args.text_column, args.max_train_samples, args.max_eval_samples)
-    print_notes(corpus.name, corpus.notes)
-    named_models = load_named_models(args)
-    run = open_run(training, args, corpus, *named_models)
-    LanguageTask.of(run, args, corpus, *named_models).distill(run)
+    data = load_language_data(args)
+    print_notes(data.name, data.notes)
+    named_models = teacher, _ = load_named_models(args)
+    task = LanguageTask
+    if isinstance(data, PromptData):
+        reject_unused("the prompts of samples are those of the data", args, "prompt_length")
+        data.check_template(teacher and teacher.tokenizer)
+        task = PromptTask
+    run = open_run(training, args, data, *named_models)
+    task.of(run, args, data, *named_models).distill(run)
 
 
 if __name__ == "__main__":
