@@ -139,9 +139,7 @@ def test_invalid_arguments_and_another_content_give_one_line(
 def test_of_prompts_only_completions_are_stored(tmp_path, monkeypatch, is_packed):
     monkeypatch.setattr(PromptTask, "packs", is_packed)
     words = "--dataset", "answers", "--max_train_samples", 60, "--max_eval_samples", 8, "--student", "scratch"
-    teacher = (
-        "--teacher_layers 1 --teacher_width 32 --student_width 32 --teacher_epochs 1 --vocabulary_size 270".split()
-    )
+    teacher = "--teacher_layers 1 --teacher_width 32 --student_width 32 --teacher_epochs 1 --vocabulary_size 270"
     stored = "--teacher_logits", "top:k=2", "--no_control", "--output_dir", tmp_path / "run", "--precision", "fp32"
     run_script(
         GPT, *words, *teacher.split(), *stored, "--num_train_epochs", 1, "--block_size", 96, "--report_to", "none"
