@@ -5,7 +5,7 @@ A divergence is a function of the logits (..., vocabulary) of student and teache
 token. Its keyword-only arguments are those of `--method NAME:argument=value`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +93,8 @@ def divergence_of(spec: str, temperature: float) -> Divergence:
 
 def temperature_of(spec: str, temperature: float) -> float:
     """The temperature of the divergence `spec`, by default `temperature`."""
-    return float(parse_method(spec, DIVERGENCES, temperature=temperature).keywords["temperature"])
+    divergence: Any = parse_method(spec, DIVERGENCES, temperature=temperature)  # a functools.partial
+    return float(divergence.keywords["temperature"])
 
 
 class MethodParts(NamedTuple):
