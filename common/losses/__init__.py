@@ -45,7 +45,9 @@ from kd.common.losses.predictions import (
     jensen_shannon,
     regression_huber,
     regression_mse,
+    skew_kl,
     soft_target_kl,
+    total_variation,
 )
 
 __all__ = [
@@ -84,10 +86,12 @@ __all__ = [
     "sample_relations",
     "similarity_l2",
     "similarity_preserving",
+    "skew_kl",
     "soft_target_kl",
     "spatial_kl",
     "stage_attention",
     "standardized",
+    "total_variation",
     "transport",
     "variational",
 ]
