@@ -2,6 +2,7 @@
 
     python NLP/scripts/distill_gpt.py
     python NLP/scripts/distill_gpt.py --method reverse_kl --student scratch --student_layers 2
+    python NLP/scripts/distill_gpt.py --student scratch --student_vocabulary_size 1024 --method shared_tokens
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
 The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
@@ -16,7 +17,7 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
-from kd.nlp.student_model.arguments import CUT, GenerativePairArguments
+from kd.nlp.student_model.arguments import CUT, VOCABULARY_METHODS, GenerativePairArguments
 from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
 
@@ -41,6 +42,9 @@ class Arguments(GenerativePairArguments):
 
     teacher_epochs: NotNegative = 6
     vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = 2048
+    student_vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] | None = field(
+        default=None, metadata={"help": "Size of a BPE vocabulary of the student alone, for uld and shared_tokens."}
+    )
     student_layers: Count = field(
         default=1, metadata={"help": "Number of layers of a student that is cut or has random weights."}
     )
@@ -49,11 +53,33 @@ class Arguments(GenerativePairArguments):
     )
 
     method: str = field(
-        default="kd", metadata={"help": "Divergence from the teacher: kd, reverse_kl, or js:beta=0.5."}
+        default="kd",
+        metadata={
+            "help": "Divergence from the teacher: kd, reverse_kl, or js:beta=0.5. "
+            "For another vocabulary: uld or shared_tokens."
+        },
     )
     hidden_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching hidden states by L2 and cosine."}
     )
+
+    @property
+    def across_vocabularies(self) -> bool:
+        """Whether the method allows a student with another vocabulary than the teacher."""
+        return self.method.split(":")[0] in VOCABULARY_METHODS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        methods = " or ".join(f"--method {name}" for name in VOCABULARY_METHODS)
+        if self.student_vocabulary_size is not None and not self.across_vocabularies:
+            raise ValueError(f"--student_vocabulary_size needs a method for different vocabularies: pass {methods}")
+        if self.hidden_weight and self.across_vocabularies:
+            raise ValueError(f"--hidden_weight matches tokens of one vocabulary: leave it out with {methods}")
+
+    def check_unused_flags(self) -> None:
+        super().check_unused_flags()
+        if self.student != SCRATCH:
+            reject_unused("--student is not scratch", self, "student_vocabulary_size")
 
 
 @dataclass
@@ -73,8 +99,10 @@ if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from kd.common.data.sources import print_notes
+from kd.common.methods import parse_method
 from kd.nlp.data.corpora import load_corpus
-from kd.nlp.student_model.generation import divergence_of, open_run
+from kd.nlp.student_model.across_vocabularies import METHODS, AcrossVocabularies
+from kd.nlp.student_model.generation import DIVERGENCES, open_run
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 
 
@@ -83,12 +111,13 @@ def main() -> None:
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
-    divergence_of(args.method, training.temperature)  # raises UserError for an unknown method
+    parse_method(args.method, DIVERGENCES | METHODS, temperature=training.temperature)  # raises UserError
     corpus = load_corpus(args.dataset, args.text_column, args.max_train_samples, args.max_eval_samples)
     print_notes(corpus.name, corpus.notes)
     named_models = load_named_models(args)
     run = open_run(training, args, corpus, *named_models)
-    LanguageTask.of(run, args, corpus, *named_models).distill(run)
+    task = AcrossVocabularies if args.across_vocabularies else LanguageTask
+    task.of(run, args, corpus, *named_models).distill(run)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.corpora import KNOWN, Corpus, pack, stack
-from kd.nlp.student_model.arguments import CUT
+from kd.nlp.data.vocabularies import check_text_kept
+from kd.nlp.student_model.arguments import CUT, VOCABULARY_METHODS
 from kd.nlp.student_model.cards import card_of
 from kd.nlp.student_model.generation import (
     GenerationTask,
@@ -53,7 +54,12 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
     """
     teacher = None if args.teacher == SCRATCH else load_language_model(args.teacher, args.block_size)
     student = None if args.student in (SCRATCH, CUT) else load_language_model(args.student, args.block_size)
-    check_same_vocabulary(args, student, teacher)
+    if args.across_vocabularies:
+        for name, model in ((args.teacher, teacher), (args.student, student)):
+            if model is not None:
+                check_text_kept(name, model.tokenizer)
+    else:
+        check_same_vocabulary(args, student, teacher, VOCABULARY_METHODS)
     layers = len(layer_paths(teacher.model)) if teacher else args.teacher_layers
     if args.student == CUT and args.student_layers > layers:
         raise UserError(f"--student_layers {args.student_layers} cannot be cut from the teacher's {layers}")
@@ -78,6 +84,7 @@ class LanguageTask(GenerationTask):
     """The distillation of a language model. `data` is a Corpus; `splits` contain its blocks of tokens."""
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
+    metric: ClassVar[str] = "perplexity"  # the primary metric
 
     @staticmethod
     def learn_tokenizer(args: Any, data: Corpus) -> PreTrainedTokenizerBase:
@@ -134,9 +141,17 @@ class LanguageTask(GenerationTask):
         return student
 
     def random_model(self, layers: int, width: int) -> PreTrainedModel:
-        args, pretrained = self.args, self.pretrained_teacher
-        vocabulary = len(self.tokenizer) if pretrained is None else pretrained.config.vocab_size
-        return random_gpt2(vocabulary, self.tokenizer.eos_token_id, layers, width, args.block_size, args.dropout)
+        args, end = self.args, self.tokenizer.eos_token_id
+        return random_gpt2(self.vocabulary, end, layers, width, args.block_size, args.dropout)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits of models with random weights."""
+        pretrained = self.pretrained_teacher
+        return len(self.tokenizer) if pretrained is None else int(pretrained.config.vocab_size)
+
+    def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
+        return self.tokenizer
 
     # ---- training ----
 
@@ -198,6 +213,19 @@ class LanguageTask(GenerationTask):
         """The measurement of the primary metric from the validation split's counts and most probable tokens."""
         return measure_perplexity(counts, choices)
 
+    def measurements(self, evaluations: dict[str, LanguageEvaluation]) -> dict[str, Measurement]:
+        """Those whose examples are the same, by role."""
+        return {role: evaluation.measurement for role, evaluation in evaluations.items()}
+
+    def frequency_score(self, vocabulary: int) -> float:
+        """The primary metric on validation of the frequencies of the tokens in train."""
+        train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))
+        return unigram_perplexity(train, validation, vocabulary)
+
+    def details(self) -> dict[str, Any]:
+        """Further entries of results.json."""
+        return {}
+
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
             return str(self.args.teacher)
@@ -213,19 +241,19 @@ class LanguageTask(GenerationTask):
         """
         args, new = self.args, min(CONTINUATION, self.args.block_size // 2)  # the prompt must fit into the context too
         prompt = first_words(self.data, self.tokenizer, args.block_size)
-        samples = {role: continuation(model, self.tokenizer, prompt, new) for role, model in models.items()}
+        samples = {role: continuation(m, self.tokenizer_of(role), prompt, new) for role, m in models.items()}
         tokens = {split: len(label_tokens(blocks)) for split, blocks in self.splits.items()}
-        train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))
         results = self.results(
             run,
             self.data.name,
             {role: evaluation.entry for role, evaluation in evaluations.items()},
-            measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
+            measurements=self.measurements(evaluations),
             method=args.method + ("_hidden" if args.hidden_weight else ""),
-            metric="perplexity",
+            metric=self.metric,
             lower_is_better=True,
-            chance=unigram_perplexity(train, validation, models["student"].config.vocab_size),
+            chance=self.frequency_score(models["student"].config.vocab_size),
             corpus={"tokens": tokens, "bytes": {split: self.data.size(split) for split in self.splits}},
+            **self.details(),
             sample={"prompt": one_line(prompt)} | samples,
         )
         quoted = json.dumps(prompt, ensure_ascii=False)

@@ -47,6 +47,7 @@ from kd.common.losses.predictions import (
     regression_mse,
     soft_target_kl,
 )
+from kd.common.losses.vocabularies import grouped_kl, sorted_probabilities
 
 __all__ = [
     "alpha_beta",
@@ -65,6 +66,7 @@ __all__ = [
     "feature_cosine",
     "feature_l2",
     "gaussian_kl",
+    "grouped_kl",
     "hard_targets",
     "hierarchical_l2",
     "info_nce",
@@ -85,6 +87,7 @@ __all__ = [
     "similarity_l2",
     "similarity_preserving",
     "soft_target_kl",
+    "sorted_probabilities",
     "spatial_kl",
     "stage_attention",
     "standardized",
