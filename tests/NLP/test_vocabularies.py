@@ -82,11 +82,11 @@ def test_the_teacher_gets_its_tokens_of_the_text_of_each_block() -> None:
     """Blocks of two: (end, na), (ï, v), (e). The token a + C3 contains the first byte of the second block."""
     student, teacher = stream_of(["naïve"], STUDENT), stream_of(["naïve"], TEACHER)
     blocks = teacher_blocks(student, teacher, block_size=2, most=10)
-    assert blocks.starts.tolist() == [0, 3, 5] and blocks.stops.tolist() == [1, 5, 6]
-    assert blocks.positions.tolist() == [[0, UNALIGNED], [0, 1], [0, UNALIGNED]]
+    assert blocks.starts.tolist() == [0, 2, 5] and blocks.stops.tolist() == [1, 5, 6]
+    assert blocks.positions.tolist() == [[0, UNALIGNED], [1, 2], [0, UNALIGNED]]
     assert blocks.aligned == 4 / 5 and blocks.cut == 0
-    cut = teacher_blocks(student, teacher, block_size=2, most=1)
-    assert cut.positions.tolist() == [[0, UNALIGNED], [0, UNALIGNED], [0, UNALIGNED]]
+    cut = teacher_blocks(student, teacher, block_size=2, most=2)
+    assert cut.positions.tolist() == [[0, UNALIGNED], [1, UNALIGNED], [0, UNALIGNED]]
     assert cut.aligned == 3 / 5 and cut.cut == 1 / 5 and cut.stops.tolist() == [1, 4, 6]
 
 
@@ -158,8 +158,8 @@ def test_documents_that_a_tokenizer_changes_are_not_aligned_but_the_others_are(l
         stream_of(["an apple", "An Apple", "a pear"], changing),
     )
     aligned = student.ends[same_ends(student, teacher) != UNALIGNED]
-    assert set(aligned) & set(range(11, 18)) == set()  # the bytes of the second document
-    assert {1, 9, 10 + 8, 19, 26} <= set(aligned.tolist())
+    assert not set(aligned) & set(range(11, 19))  # the bytes of the second document
+    assert {1, 9, 10, 19, 25, 26} <= set(aligned.tolist())
     assert (np.diff(teacher.ends) >= 0).all()
 
 
