@@ -111,7 +111,7 @@ def main() -> None:
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
-    parse_method(args.method, DIVERGENCES | METHODS, temperature=training.temperature)  # raises UserError
+    parse_method(args.method, {**DIVERGENCES, **METHODS}, temperature=training.temperature)  # raises UserError
     corpus = load_corpus(args.dataset, args.text_column, args.max_train_samples, args.max_eval_samples)
     print_notes(corpus.name, corpus.notes)
     named_models = load_named_models(args)

@@ -7,9 +7,10 @@ distributions are compared. Models are compared in bits per byte, which do not d
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def shared_tokens(student: Tensor, teacher: Tensor, groups: TokenGroups, *, temp
     return losses.grouped_kl(student, teacher, of_student, of_teacher, groups.number, temperature)
 
 
-METHODS = dict(zip(VOCABULARY_METHODS, (uld, shared_tokens), strict=True))
+METHODS: dict[str, Callable[..., Tensor]] = dict(zip(VOCABULARY_METHODS, (uld, shared_tokens), strict=True))
 
 
 def aligned_term(divergence: Divergence, blocks: TeacherBlocks) -> Term:
@@ -97,8 +98,6 @@ class AcrossVocabularies(LanguageTask):
     blocks: TeacherBlocks
     groups: TokenGroups | None
 
-    metric: ClassVar[str] = "bits_per_byte"
-
     @classmethod
     def of(
         cls, run: TrainerRun, args: Any, data: Corpus, teacher: Generator | None, student: Generator | None
@@ -117,13 +116,12 @@ class AcrossVocabularies(LanguageTask):
         blocks = blocks_of(data, tokenizer, of_teacher.tokenizer, args.block_size, context_length(args, teacher))
         groups = None
         if args.method.split(":")[0] == shared_tokens.__name__:
-            tokenizers, models = (tokenizer, of_teacher.tokenizer), (student, teacher)
-            sizes = [m.model.config.vocab_size if m else len(t) for t, m in zip(tokenizers, models, strict=True)]
-            groups = token_groups(*tokenizers, (sizes[0], sizes[1]))
+            sizes = logits_of(student, tokenizer), logits_of(teacher, of_teacher.tokenizer)
+            groups = token_groups(tokenizer, of_teacher.tokenizer, sizes)
         splits = cls.tokenize(args, data, tokenizer)
         splits["train"] = splits["train"].add_column("sample_id", np.arange(len(splits["train"])))
-        models = teacher and teacher.model, student and student.model
-        return cls(args, data, tokenizer, splits, *models, of_teacher, blocks, groups)
+        of_student = student and student.model
+        return cls(args, data, tokenizer, splits, teacher and teacher.model, of_student, of_teacher, blocks, groups)
 
     @staticmethod
     def learn_student_tokenizer(args: Any, data: Corpus) -> PreTrainedTokenizerBase:
@@ -170,15 +168,14 @@ class AcrossVocabularies(LanguageTask):
         """Those of control and student: the blocks of the teacher are others."""
         return {role: found.measurement for role, found in evaluations.items() if role != "teacher"}
 
-    def frequency_score(self, vocabulary: int) -> float:
-        perplexity, number = super().frequency_score(vocabulary), len(label_tokens(self.splits["validation"]))
-        return math.log2(perplexity) * number / self.data.size("validation")
-
-    def details(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"student": len(self.tokenizer), "teacher": len(self.teacher_task.tokenizer)}
-        if self.groups is not None:
-            found["shared tokens"] = self.groups.shared
-        return {"vocabularies": found | {"aligned share of the training tokens": self.blocks.aligned}}
+    def headline(self, vocabulary: int) -> dict[str, Any]:
+        """The primary metric, bits per byte, and the sizes of the vocabularies."""
+        found, number = super().headline(vocabulary), len(label_tokens(self.splits["validation"]))
+        chance = math.log2(found["chance"]) * number / self.data.size("validation")
+        sizes = {"student": len(self.tokenizer), "teacher": len(self.teacher_task.tokenizer)}
+        shared = {} if self.groups is None else {"shared": self.groups.shared}
+        vocabularies = sizes | shared | {"aligned share": self.blocks.aligned}
+        return found | {"metric": "bits_per_byte", "chance": chance, "vocabularies": vocabularies}
 
 
 class AlignedTeacher(TeacherOutputs):
@@ -208,6 +205,11 @@ class AlignedTeacher(TeacherOutputs):
 
 
 # ---- the data in both tokenizations ----
+
+
+def logits_of(model: Generator | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of logits of a named model, or of one with random weights."""
+    return len(tokenizer) if model is None else int(model.model.config.vocab_size)
 
 
 def context_length(args: Any, teacher: Generator | None) -> int:

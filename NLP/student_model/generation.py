@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.losses import jensen_shannon, soft_target_kl
-from kd.common.methods import Method, parse_method
+from kd.common.methods import Method, labels, parse_method
 from kd.common.metrics.quality import language_warning, token_counts
 from kd.common.objective import Divergence, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
@@ -121,8 +121,10 @@ class GenerationTask(ABC):
 
     def method(self, training: KDTrainingArguments, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Method:
         """Labels, and with a teacher also its distributions over the next token."""
-        alpha = 1.0 if teacher is None else training.alpha
-        return token_level(alpha, self.divergence(training), training.label_smoothing_factor)
+        smoothing = training.label_smoothing_factor
+        if teacher is None:
+            return labels(smoothing=smoothing)
+        return token_level(training.alpha, self.divergence(training), smoothing)
 
     def divergence(self, training: KDTrainingArguments) -> Divergence:
         return divergence_of("kd", training.temperature)
@@ -259,8 +261,8 @@ def divergence_of(spec: str, temperature: float) -> Divergence:
 
 def token_level(alpha: float, divergence: Divergence, smoothing: float = 0.0) -> Method:
     """alpha * cross-entropy with (smoothed) labels + (1 - alpha) * divergence from the teacher, means over tokens."""
-    labels, teacher = task_loss(smoothing=smoothing), logit_term(divergence, ignore_unlabelled=True)
-    return Method({"task": (alpha, labels), "tokens": (1 - alpha, teacher)})
+    task, teacher = task_loss(smoothing=smoothing), logit_term(divergence, ignore_unlabelled=True)
+    return Method({"task": (alpha, task), "tokens": (1 - alpha, teacher)})
 
 
 def label_tokens(rows: Dataset) -> np.ndarray:

@@ -84,7 +84,6 @@ class LanguageTask(GenerationTask):
     """The distillation of a language model. `data` is a Corpus; `splits` contain its blocks of tokens."""
 
     auto_class: ClassVar[Any] = AutoModelForCausalLM
-    metric: ClassVar[str] = "perplexity"  # the primary metric
 
     @staticmethod
     def learn_tokenizer(args: Any, data: Corpus) -> PreTrainedTokenizerBase:
@@ -217,14 +216,11 @@ class LanguageTask(GenerationTask):
         """Those whose examples are the same, by role."""
         return {role: evaluation.measurement for role, evaluation in evaluations.items()}
 
-    def frequency_score(self, vocabulary: int) -> float:
-        """The primary metric on validation of the frequencies of the tokens in train."""
+    def headline(self, vocabulary: int) -> dict[str, Any]:
+        """The primary metric, and its value for a model that predicts the frequencies of the tokens."""
         train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))
-        return unigram_perplexity(train, validation, vocabulary)
-
-    def details(self) -> dict[str, Any]:
-        """Further entries of results.json."""
-        return {}
+        chance = unigram_perplexity(train, validation, vocabulary)
+        return {"metric": "perplexity", "lower_is_better": True, "chance": chance}
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
@@ -249,12 +245,9 @@ class LanguageTask(GenerationTask):
             {role: evaluation.entry for role, evaluation in evaluations.items()},
             measurements=self.measurements(evaluations),
             method=args.method + ("_hidden" if args.hidden_weight else ""),
-            metric=self.metric,
-            lower_is_better=True,
-            chance=self.frequency_score(models["student"].config.vocab_size),
             corpus={"tokens": tokens, "bytes": {split: self.data.size(split) for split in self.splits}},
-            **self.details(),
             sample={"prompt": one_line(prompt)} | samples,
+            **self.headline(models["student"].config.vocab_size),
         )
         quoted = json.dumps(prompt, ensure_ascii=False)
         card = card_of(run, USAGE.format(prompt=quoted, new=new), "text-generation", KNOWN)
