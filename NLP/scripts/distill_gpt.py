@@ -2,7 +2,7 @@
 
     python NLP/scripts/distill_gpt.py
     python NLP/scripts/distill_gpt.py --method reverse_kl --student scratch --student_layers 2
-    python NLP/scripts/distill_gpt.py --student scratch --student_vocabulary_size 1024 --method shared_tokens
+    python NLP/scripts/distill_gpt.py --method uld --student scratch --student_vocabulary_size 1024
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
 The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
