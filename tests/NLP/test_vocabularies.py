@@ -33,7 +33,7 @@ from kd.nlp.student_model.across_vocabularies import METHODS, AlignedTeacher, al
 from kd.nlp.student_model.generation import divergence_of, token_level
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd.nlp.teacher_model.masked import word_pieces
-from kd_testing.scripts import run_script
+from kd_testing.scripts import recipe_of, run_script
 
 SCRIPT = "NLP/scripts/distill_gpt.py"
 LETTERS = [letter for _, letter in sorted(bytes_to_unicode().items())]
@@ -317,9 +317,9 @@ def named(tmp_path_factory: pytest.TempPathFactory, learned: Any) -> Path:
 
 
 def distill(texts: Path, output: Path, *words: object) -> dict[str, Any]:
-    flags = "--teacher_layers 1 --teacher_width 32 --vocabulary_size 330 --teacher_epochs 1 --num_train_epochs 1"
-    others = f"--block_size 16 --report_to none --precision fp32 --dataset {texts} --output_dir {output}"
-    run_script(SCRIPT, *flags.split(), *others.split(), *words)
+    sizes = "--teacher_layers 1 --teacher_width 32 --vocabulary_size 330 --teacher_epochs 1 --num_train_epochs 1"
+    recipe = recipe_of(*sizes.split(), *"--block_size 16 --report_to none --precision fp32".split())
+    run_script(SCRIPT, recipe, "--dataset", texts, "--output_dir", output, *words)
     results: dict[str, Any] = json.loads((output / "results.json").read_text())
     return results
 
