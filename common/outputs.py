@@ -13,7 +13,8 @@ from transformers.utils import ModelOutput
 @dataclass
 class Outputs(ModelOutput):
     """logits (batch, classes), features {name: (batch, ...)}, mask (batch, positions) of the positions that are not
-    padding and have features, sample_id (batch,) of the training samples, for terms with a memory.
+    padding and have features, sample_id (batch,) of the training samples, for terms with a memory, and whether the
+    student sampled the batch (None: no).
 
     It is a ModelOutput because accelerate casts the bf16 tensors of an autocast forward back to fp32 only inside one.
     """
@@ -22,6 +23,7 @@ class Outputs(ModelOutput):
     features: dict[str, Tensor] | None = field(default=None)
     mask: Tensor | None = None
     sample_id: Tensor | None = None
+    sampled: bool | None = None
 
 
 class FeatureHooks:
@@ -53,6 +55,16 @@ class FeatureHooks:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def call_with_hooks(
+    model: nn.Module, hooks: FeatureHooks, inputs: dict[str, Any], without: frozenset[str] = frozenset()
+) -> Outputs:
+    """Calls any model without some of the inputs. Returns its output with the features that its hooks recorded."""
+    output = model(**{name: value for name, value in inputs.items() if name not in without})
+    logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
+    features = (output.get("features") if hasattr(output, "get") else None) or {}
+    return Outputs(logits=logits, features={**features, **hooks.take()}, mask=inputs.get("attention_mask"))
 
 
 class EnsembleTeacher(nn.Module):

@@ -8,6 +8,7 @@
 The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
 arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543) or the generalized Jensen-Shannon
 divergence (js, arXiv:2306.13649).
+With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
 """
 
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
-from kd.nlp.student_model.arguments import CUT, VOCABULARY_METHODS, GenerativePairArguments
+from kd.nlp.student_model.arguments import CUT, VOCABULARY_METHODS
+from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
 
 @dataclass
-class Arguments(GenerativePairArguments):
+class Arguments(OnPolicyArguments):
     """Data, layers and method."""
 
     dataset: str = field(
@@ -62,6 +64,9 @@ class Arguments(GenerativePairArguments):
     hidden_weight: NotNegative = field(
         default=0.0, metadata={"help": "Weight of matching hidden states by L2 and cosine."}
     )
+    prompt_length: Count | None = field(
+        default=None, metadata={"help": "Tokens of a block before a sample (default: half of --block_size)."}
+    )
 
     @property
     def across_vocabularies(self) -> bool:
@@ -73,8 +78,9 @@ class Arguments(GenerativePairArguments):
         methods = " or ".join(f"--method {name}" for name in VOCABULARY_METHODS)
         if self.student_vocabulary_size is not None and not self.across_vocabularies:
             raise ValueError(f"--student_vocabulary_size needs a method for different vocabularies: pass {methods}")
-        if self.hidden_weight and self.across_vocabularies:
-            raise ValueError(f"--hidden_weight matches tokens of one vocabulary: leave it out with {methods}")
+        for name in ("hidden_weight", "on_policy_share"):
+            if getattr(self, name) and self.across_vocabularies:
+                raise ValueError(f"--{name} needs the same tokens of student and teacher: leave it out with {methods}")
 
     def check_unused_flags(self) -> None:
         super().check_unused_flags()

@@ -9,6 +9,7 @@
 The student learns the teacher's distribution over each next token of the references (kd), the teacher's beam-search
 translations instead of the references (sequence_kd), or the teacher's distributions over its translations
 (sequence_kd+kd).
+With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
 """
 
 from dataclasses import dataclass, field
@@ -18,14 +19,14 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
-from kd.nlp.student_model.arguments import GenerativePairArguments
+from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import SCRATCH
 
 SCRATCH_EPOCHS = 5
 
 
 @dataclass
-class Arguments(GenerativePairArguments):
+class Arguments(OnPolicyArguments):
     """Data, layers and method."""
 
     dataset: str = field(
@@ -37,14 +38,10 @@ class Arguments(GenerativePairArguments):
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "Maximum number of sentence pairs in each of the other splits."}
     )
-    source: str = field(
-        default="en", metadata={"help": "Column of the source sentences, or its key in the column translation."}
-    )
-    target: str = field(
-        default="de", metadata={"help": "Column of the target sentences, or its key in the column translation."}
-    )
+    source: str = field(default="en", metadata={"help": "Column of sources, or key in the column translation."})
+    target: str = field(default="de", metadata={"help": "Column of targets, or key in the column translation."})
     source_prefix: str = field(
-        default="", metadata={"help": "Text added before each source sentence, such as the task prefix of T5."}
+        default="", metadata={"help": "Text before each source sentence, such as T5's task prefix."}
     )
     max_length: Count = field(
         default=128, metadata={"help": "Maximum number of tokens; longer sentences are truncated."}
@@ -52,7 +49,7 @@ class Arguments(GenerativePairArguments):
 
     teacher_epochs: NotNegative | None = field(
         default=None,
-        metadata={"help": f"Epochs of training the teacher (default: {SCRATCH_EPOCHS} with random weights, else 0)."},
+        metadata={"help": f"Epochs of training the teacher (default: {SCRATCH_EPOCHS} from scratch, else 0)."},
     )
     teacher_learning_rate: Positive | None = field(
         default=None, metadata={"help": "Learning rate of the teacher (default: --learning_rate)."}

@@ -347,6 +347,7 @@ class GenerativePairArguments:
     )
     student_width: Count = field(default=64, metadata={"help": "Hidden size of a student with random weights."})
     dropout: ShareBelow1 = field(default=0.1, metadata={"help": "Dropout of models with random weights."})
+    on_policy_share = 0.0  # a flag of OnPolicyArguments
 
     def __post_init__(self) -> None:
         for name in ("teacher_width", "student_width"):

@@ -22,6 +22,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Positive, ProperShare
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.student_model.arguments import CUT
+from kd.nlp.student_model.on_policy import OnPolicyObjective, StudentSamples, check_on_policy
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
@@ -48,8 +49,9 @@ def open_run(
 ) -> TrainerRun:
     """Opens the output folder for a new run, or continues the run in it. `data` has a fingerprint.
 
-    Raises UserError if that run started from other data or models.
+    Raises UserError if that run started from other data or models, or if --on_policy_share does not fit other flags.
     """
+    check_on_policy(args, training)
     run = TrainerRun(training, args)
     run.check_inputs(data.fingerprint, **models_and_tokenizers({"teacher": teacher, "student": student}))
     return run
@@ -142,6 +144,12 @@ class GenerationTask(ABC):
         """The rows of a stage as the trainer reads them."""
         return rows
 
+    @property
+    def method_name(self) -> str:
+        """The name of the method in reports."""
+        share = self.args.on_policy_share
+        return f"{self.args.method}_on_policy_{share:g}" if share else str(self.args.method)
+
     # ---- stages ----
 
     def train_teacher(self, run: TrainerRun) -> PreTrainedModel:
@@ -193,12 +201,15 @@ class GenerationTask(ABC):
         """Metrics are computed from `token_counts`, because logits (batch, positions, vocabulary) are too large to
         gather.
         """
-        method = self.method(run.args, model, teacher)
+        method, samples = self.method(run.args, model, teacher), None
+        if teacher is not None and self.args.on_policy_share:
+            samples = StudentSamples(self.args, self.tokenizer, run.args.seed, run.args.process_index)
         return run.train(
             role,
             model,
             {"learning_rate": self.learning_rate(run.args, role)} | self.common_arguments | training_arguments,
-            objective=method.objective,
+            objective=method.objective if samples is None else OnPolicyObjective(method),
+            replace_batch=samples,
             features=method.features,
             **({} if teacher is None else self.teacher_arguments(run, teacher)),
             teacher_features=method.teacher_features,

@@ -244,7 +244,7 @@ class LanguageTask(GenerationTask):
             self.data.name,
             {role: evaluation.entry for role, evaluation in evaluations.items()},
             measurements=self.measurements(evaluations),
-            method=args.method + ("_hidden" if args.hidden_weight else ""),
+            method=self.method_name + ("_hidden" if args.hidden_weight else ""),
             corpus={"tokens": tokens, "bytes": {split: self.data.size(split) for split in self.splits}},
             sample={"prompt": one_line(prompt)} | samples,
             **self.headline(models["student"].config.vocab_size),

@@ -203,7 +203,7 @@ class TranslationTask(GenerationTask):
             f"{self.data.name} {'-'.join(self.data.languages)}",
             {role: evaluation.entry for role, evaluation in evaluations.items()},
             measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
-            method=self.args.method,
+            method=self.method_name,
             metric="bleu",  # of greedy decoding, the fastest one
             decoding={role: evaluation.seconds for role, evaluation in evaluations.items()},
             sacrebleu=evaluations["student"].signatures,

@@ -12,7 +12,7 @@ It adds to its parent:
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput, has_length
 
 from kd.common.objective import Objective
-from kd.common.outputs import FeatureHooks, Outputs
+from kd.common.outputs import FeatureHooks, Outputs, call_with_hooks
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.batch_norm import (
     TOO_SMALL,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
 
 OBJECTIVE_FILE = "objective.safetensors"
+ReplaceBatch = Callable[[Any, dict[str, Any], TrainerState, int], dict[str, Any]]
 
 
 class KDTrainer(CheckpointTrainer):
@@ -59,6 +60,8 @@ class KDTrainer(CheckpointTrainer):
         teacher_views: A table of the logits of `teacher` for each view. Batches need `sample_id` and `view`.
         features, teacher_features: {name: path of a submodule} whose outputs become named features of either model.
         not_for_student: Inputs that only the teacher takes.
+        replace_batch: (student, batch, state, number) -> batch, called before the forward passes of micro-batch
+            `number` of an update. A batch that the student sampled has the entry `sampled`, and no cached outputs.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss scales each micro-batch by its share of the step's samples
@@ -76,6 +79,7 @@ class KDTrainer(CheckpointTrainer):
         features: dict[str, str] | None = None,
         teacher_features: dict[str, str] | None = None,
         not_for_student: Sequence[str] = (),
+        replace_batch: ReplaceBatch | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -95,10 +99,9 @@ class KDTrainer(CheckpointTrainer):
             teacher.eval().requires_grad_(False)
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self.teacher_outputs, self.teacher_views = teacher_outputs, teacher_views
-        self.not_for_student = frozenset(not_for_student)
+        self.not_for_student, self.replace_batch = frozenset(not_for_student), replace_batch
         self._hooks = FeatureHooks(self.model, features or {})
-        self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._parts_weight = torch.zeros((), device=self.args.device)
+        self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=self.args.device))  # sum, weight
         self._divergence = DivergenceMonitor(
             list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
         )
@@ -147,12 +150,13 @@ class KDTrainer(CheckpointTrainer):
     ) -> Any:
         """The loss of one micro-batch."""
         labels, sample_ids, views = (inputs.pop(name, None) for name in ("labels", "sample_id", "view"))
+        sampled = inputs.pop("sampled", None)
         # The mean over the step's items is the loss of one big batch; data parallelism averages over processes.
         share = 1.0
         if num_items_in_batch is not None:
             share = _items(inputs, labels) * self.args.world_size / num_items_in_batch
-        student = _forward(model, self._hooks, inputs, self.not_for_student)
-        student.sample_id = sample_ids
+        student = call_with_hooks(model, self._hooks, inputs, self.not_for_student)
+        student.sample_id, student.sampled = sample_ids, sampled
         teacher = self._teacher_forward(inputs, sample_ids, views)
         self.objective.set_progress(self.state.global_step / max(self.state.max_steps, 1))
         parts = self.objective_in_step(student, teacher, labels)
@@ -163,9 +167,15 @@ class KDTrainer(CheckpointTrainer):
         logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
         logged |= self.objective.watch(student, teacher, labels)
         for name, value in logged.items():
-            self._parts[name] += value * share
-        self._parts_weight += share  # one per optimizer step
+            self._parts[name] += share * torch.stack([value, torch.ones_like(value)])  # one per optimizer step
         return (loss, {"logits": student.logits}) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of an update, each after `replace_batch`, and the number of their items."""
+        if self.replace_batch is not None:
+            replace, batches = self.replace_batch, enumerate(epoch_iterator)
+            epoch_iterator = (replace(self.model, batch, self.state, number) for number, batch in batches)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Number of samples, or of tokens with a label, in this optimizer step over all micro-batches and processes.
@@ -190,7 +200,7 @@ class KDTrainer(CheckpointTrainer):
         if self.teacher is None or self._teacher_hooks is None:
             return None
         if self.teacher_views is None:
-            return _forward(self.teacher, self._teacher_hooks, inputs)
+            return call_with_hooks(self.teacher, self._teacher_hooks, inputs)
         if sample_ids is None or views is None:
             raise ValueError("a table of teacher views needs `sample_id` and `view` in the training data")
         return self.teacher_views.batch(sample_ids, views, lambda rows: self._teacher_logits(inputs, rows))
@@ -198,7 +208,7 @@ class KDTrainer(CheckpointTrainer):
     def _teacher_logits(self, inputs: dict[str, Tensor], rows: Tensor) -> Tensor:
         assert self.teacher is not None and self._teacher_hooks is not None
         batch = {name: value[rows] for name, value in inputs.items()}
-        logits = _forward(self.teacher, self._teacher_hooks, batch).logits
+        logits = call_with_hooks(self.teacher, self._teacher_hooks, batch).logits
         assert logits is not None
         return logits
 
@@ -228,13 +238,12 @@ class KDTrainer(CheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
-            totals = torch.stack([self._parts_weight, *self._parts.values()])
+            totals = torch.stack(list(self._parts.values()))
             if self.args.world_size > 1:
                 totals = self.accelerator.reduce(totals, "mean")
-            means = {name: (t / totals[0]).item() for name, t in zip(self._parts, totals[1:], strict=True)}
+            means = {name: (t[0] / t[1]).item() for name, t in zip(self._parts, totals, strict=True)}
             logs |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # no diverged students
             self._parts.clear()
-            self._parts_weight.zero_()
         super().log(logs, start_time)
 
     # ---- evaluation ----
@@ -252,7 +261,7 @@ class KDTrainer(CheckpointTrainer):
         for name in ("sample_id", "view"):
             inputs.pop(name, None)
         with torch.no_grad():
-            logits = _forward(model, self._hooks, inputs, self.not_for_student).logits
+            logits = call_with_hooks(model, self._hooks, inputs, self.not_for_student).logits
         return None, None if logits is None else logits.detach().float(), labels
 
     # ---- optimizer ----
@@ -367,8 +376,7 @@ class KDTrainer(CheckpointTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / OBJECTIVE_FILE
-        if path.exists():
+        if (path := Path(resume_from_checkpoint, OBJECTIVE_FILE)).exists():
             self.objective.load_state_dict(load_file(str(path)))
 
     def finish(self) -> None:
@@ -390,13 +398,3 @@ def _items(batch: dict[str, Any], labels: Tensor | None) -> int:
     if labels is not None and labels.dim() > 1 and not labels.is_floating_point():
         return int((labels != IGNORED).sum())
     return len(next(iter(batch.values())))
-
-
-def _forward(
-    model: nn.Module, hooks: FeatureHooks, inputs: dict[str, Any], without: frozenset[str] = frozenset()
-) -> Outputs:
-    """Calls any model without some of the inputs. Returns its output with the features that its hooks recorded."""
-    output = model(**{name: value for name, value in inputs.items() if name not in without})
-    logits = output.get("logits") if hasattr(output, "get") else getattr(output, "logits", None)
-    features = (output.get("features") if hasattr(output, "get") else None) or {}
-    return Outputs(logits=logits, features={**features, **hooks.take()}, mask=inputs.get("attention_mask"))

@@ -77,9 +77,11 @@ class DivergenceMonitor:
             finite = torch.isfinite(loss.detach())
             now = {name: part.detach().float() for name, part in student_parts.items()}
             now["step"] = torch.full_like(loss, step, dtype=torch.float32)
-            before = self._first.get(prefix) or {name: torch.zeros_like(value) for name, value in now.items()}
-            is_first = ~finite & (before["step"] == 0)
-            self._first[prefix] = {name: torch.where(is_first, value, before[name]) for name, value in now.items()}
+            before, zero = self._first.get(prefix, {}), torch.zeros_like(now["step"])
+            is_first = ~finite & (before.get("step", zero) == 0)
+            self._first[prefix] = {  # not all batches have the same parts
+                name: torch.where(is_first, now.get(name, zero), before.get(name, zero)) for name in before | now
+            }
             if self._single:
                 return loss, student_parts
             # A factor, not a mask: for some losses the gradient through a mask is 0 times infinity, for others 0.
