@@ -3,7 +3,7 @@
 The embedded corpus `python` is English text of the Python installation: the language reference for `help()`
 (`pydoc_data.topics`) and the docstrings of the standard library, about 1.7 MB without repeated paragraphs. It is under
 the Python Software Foundation License and differs slightly between Python versions. `intents` are the texts of the
-embedded classification data.
+embedded classification data, and `answers` the prompts and completions of `NLP/data/answers.py`.
 """
 
 import ast
@@ -36,11 +36,11 @@ from kd.common.data.sources import (
 )
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
+from kd.nlp.data.answers import load_answers
 from kd.nlp.data.columns import infer_contents, is_text, text_columns
 from kd.nlp.data.intents import load_intents
 
 EMBEDDED = "python"
-KNOWN: KnownDatasets = {EMBEDDED: dict, "intents": load_intents}  # load_corpus makes the documents of `python`
 DOCUMENTS_PER_CALL = 1000  # tokenized by one call of the tokenizer
 HEADING_RULE = re.compile(r"^[*=\-~^]{3,}$", re.MULTILINE)  # the line under a heading
 EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages", "dist-packages"}
@@ -77,32 +77,41 @@ def load_corpus(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
 ) -> Corpus:
-    """Loads `python`, the texts of `intents`, a folder (one parquet, CSV, JSON or .txt file per split) or
-    owner/name[:config] of the Hub.
-
-    `max_train_samples`, `max_eval_samples`: maximum number of documents of train and of each other split.
+    """Loads an embedded dataset, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of
+    the Hub. For the other arguments see `corpus_of`.
     """
-    if dataset == EMBEDDED:
-        notes = [f"reference and docstrings of Python {platform.python_version()}, PSF License"]
-        splits = split_by_name(python_texts())
-    else:
-        splits, notes = _read_corpus(dataset, text_column)
-    for split, documents in splits.items():
-        most = max_train_samples if split == "train" else max_eval_samples
-        splits[split] = _at_most(documents, most, split, notes)
-    return Corpus(dataset if dataset == EMBEDDED else short_name(dataset), splits, notes)
+    return corpus_of(dataset, *read_corpus(dataset), text_column, max_train_samples, max_eval_samples)
 
 
-def _read_corpus(dataset: str, text_column: str | None) -> tuple[Documents, list[str]]:
-    """The documents of a dataset that is not embedded, and notes for the report."""
+def read_corpus(dataset: str) -> tuple[Splits, list[str]]:
+    """The rows of a dataset as stored, and notes for the report."""
     raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", read_folder_of_texts)
-    raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
+    if dataset == EMBEDDED:
+        notes.append(f"reference and docstrings of Python {platform.python_version()}, PSF License")
+    return {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}, notes
+
+
+def corpus_of(
+    dataset: str,
+    raw: Splits,
+    notes: list[str],
+    text_column: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+) -> Corpus:
+    """The documents of `raw`. `max_train_samples`, `max_eval_samples`: maximum number of documents of train and of
+    each other split.
+    """
     column = _text_column(raw, text_column)
-    notes.append(f"column {column!r} contains the texts")
+    if dataset != EMBEDDED:
+        notes = [*notes, f"column {column!r} contains the texts"]
     splits = {split: _texts(split, rows, column, notes) for split, rows in raw.items()}
     if "validation" not in splits:
         splits = _split_off_end(splits, notes)
-    return splits, notes
+    for split, documents in splits.items():
+        most = max_train_samples if split == "train" else max_eval_samples
+        splits[split] = _at_most(documents, most, split, notes)
+    return Corpus(short_name(dataset), splits, notes)
 
 
 def _at_most(documents: list[str], most: int | None, split: str, notes: list[str]) -> list[str]:
@@ -113,6 +122,12 @@ def _at_most(documents: list[str], most: int | None, split: str, notes: list[str
     if any(map(is_line, documents)):
         return documents[:most]
     return [documents[number * len(documents) // most] for number in range(most)]
+
+
+def load_python() -> Splits:
+    """The embedded corpus."""
+    splits = split_by_name(python_texts())
+    return {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in splits.items()}
 
 
 def python_texts() -> dict[str, str]:
@@ -221,6 +236,9 @@ def _split_off_end(splits: Documents, notes: list[str]) -> Documents:
         )
     notes.append("no validation split: the last tenth of train's documents was set aside")
     return splits | {"train": documents[:-number], "validation": documents[-number:]}
+
+
+KNOWN: KnownDatasets = {EMBEDDED: load_python, "intents": load_intents, "answers": load_answers}
 
 
 # ---------------------------------------------------------------- tokens

@@ -3,12 +3,14 @@
     python NLP/scripts/distill_gpt.py
     python NLP/scripts/distill_gpt.py --method reverse_kl --student scratch --student_layers 2
     python NLP/scripts/distill_gpt.py --method uld --student scratch --student_vocabulary_size 1024
+    python NLP/scripts/distill_gpt.py NLP/scripts/answers.yaml   # prompts and short answers
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
 The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
 arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543) or the generalized Jensen-Shannon
 divergence (js, arXiv:2306.13649).
 With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
+Of prompts and completions, or of chats, only completions, or the assistant's messages, count in losses and metrics.
 """
 
 from dataclasses import dataclass, field
@@ -29,14 +31,24 @@ class Arguments(OnPolicyArguments):
 
     dataset: str = field(
         default="python",
-        metadata={"help": "Embedded corpus python, Hub name[:config], or folder of .txt, parquet, CSV or JSON files."},
+        metadata={
+            "help": "Embedded python (texts) or answers (prompts), Hub name[:config], or folder of .txt, parquet, CSV "
+            "or JSON files."
+        },
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the texts (default: inferred)."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of prompts (default: prompt)."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column of completions, which alone count (default: completion)."}
+    )
+    messages_column: str | None = field(
+        default=None, metadata={"help": "Column of chats, lists of role and content (default: messages)."}
+    )
     max_train_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of training documents, or lines of a .txt file."}
+        default=None, metadata={"help": "Maximum number of training documents or rows, or lines of a .txt file."}
     )
     max_eval_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of documents or lines in each of the other splits."}
+        default=None, metadata={"help": "Maximum number of documents, rows or lines in each of the other splits."}
     )
     block_size: Annotated[int, Range(2, MOST)] = field(
         default=128, metadata={"help": "Number of tokens in a training block."}
@@ -45,7 +57,7 @@ class Arguments(OnPolicyArguments):
     teacher_epochs: NotNegative = 6
     vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = 2048
     student_vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] | None = field(
-        default=None, metadata={"help": "Size of a BPE vocabulary of the student alone, for uld and shared_tokens."}
+        default=None, metadata={"help": "Size of a BPE vocabulary of the student, for uld and shared_tokens."}
     )
     student_layers: Count = field(
         default=1, metadata={"help": "Number of layers of a student that is cut or has random weights."}
@@ -86,6 +98,9 @@ class Arguments(OnPolicyArguments):
         super().check_unused_flags()
         if self.student != SCRATCH:
             reject_unused("--student is not scratch", self, "student_vocabulary_size")
+        if self.text_column:
+            prompts = "prompt_column", "completion_column", "messages_column"
+            reject_unused("--text_column names the column of plain texts", self, *prompts)
 
 
 @dataclass
@@ -106,10 +121,12 @@ if __name__ == "__main__":
 
 from kd.common.data.sources import print_notes
 from kd.common.methods import parse_method
-from kd.nlp.data.corpora import load_corpus
+from kd.common.utils.errors import UserError
+from kd.nlp.data.prompts import PromptData, load_language_data
 from kd.nlp.student_model.across_vocabularies import METHODS, AcrossVocabularies
 from kd.nlp.student_model.generation import DIVERGENCES, open_run
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
+from kd.nlp.student_model.prompts import PromptTask
 
 
 def main() -> None:
@@ -118,12 +135,18 @@ def main() -> None:
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
     parse_method(args.method, {**DIVERGENCES, **METHODS}, temperature=training.temperature)  # raises UserError
-    corpus = load_corpus(args.dataset, args.text_column, args.max_train_samples, args.max_eval_samples)
-    print_notes(corpus.name, corpus.notes)
-    named_models = load_named_models(args)
-    run = open_run(training, args, corpus, *named_models)
+    data = load_language_data(args)
+    print_notes(data.name, data.notes)
+    named_models = teacher, _ = load_named_models(args)
     task = AcrossVocabularies if args.across_vocabularies else LanguageTask
-    task.of(run, args, corpus, *named_models).distill(run)
+    if isinstance(data, PromptData):
+        if args.across_vocabularies:
+            raise UserError(f"--method {args.method} learns from plain texts, not from prompts: pass --text_column")
+        reject_unused("the prompts of samples are those of the data", args, "prompt_length")
+        data.check_template(teacher and teacher.tokenizer)
+        task = PromptTask
+    run = open_run(training, args, data, *named_models)
+    task.of(run, args, data, *named_models).distill(run)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from kd.nlp.data.vocabularies import (
 )
 from kd.nlp.student_model.arguments import VOCABULARY_METHODS
 from kd.nlp.student_model.generation import label_tokens
-from kd.nlp.student_model.language_model import LanguageEvaluation, LanguageTask
+from kd.nlp.student_model.language_model import LanguageEvaluation, LanguageTask, Sample
 from kd.nlp.teacher_model.generative import Generator, byte_level_bpe
 
 # ---- methods, at aligned positions ----
@@ -133,9 +133,6 @@ class AcrossVocabularies(LanguageTask):
     def vocabulary(self) -> int:
         return len(self.tokenizer)
 
-    def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
-        return self.teacher_task.tokenizer if role == "teacher" else self.tokenizer
-
     def train_teacher(self, run: TrainerRun) -> PreTrainedModel:
         return self.teacher_task.train_teacher(run)
 
@@ -167,6 +164,12 @@ class AcrossVocabularies(LanguageTask):
     def measurements(self, evaluations: dict[str, LanguageEvaluation]) -> dict[str, Measurement]:
         """Those of control and student: the blocks of the teacher are others."""
         return {role: found.measurement for role, found in evaluations.items() if role != "teacher"}
+
+    def continued(self, role: str, model: PreTrainedModel, sample: Sample) -> str:
+        if role != "teacher":
+            return super().continued(role, model, sample)
+        ids = self.teacher_task.tokenizer(sample.prompt)["input_ids"]
+        return self.teacher_task.continued(role, model, sample._replace(ids=ids))
 
     def headline(self, vocabulary: int) -> dict[str, Any]:
         """The primary metric, bits per byte, and the sizes of the vocabularies."""

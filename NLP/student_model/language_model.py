@@ -80,6 +80,14 @@ class LanguageEvaluation(NamedTuple):
     measurement: Measurement
 
 
+class Sample(NamedTuple):
+    """A prompt as text and as tokens, and the maximum number of tokens to generate after it."""
+
+    prompt: str
+    ids: list[int]
+    new: int
+
+
 class LanguageTask(GenerationTask):
     """The distillation of a language model. `data` is a Corpus; `splits` contain its blocks of tokens."""
 
@@ -149,9 +157,6 @@ class LanguageTask(GenerationTask):
         pretrained = self.pretrained_teacher
         return len(self.tokenizer) if pretrained is None else int(pretrained.config.vocab_size)
 
-    def tokenizer_of(self, role: str) -> PreTrainedTokenizerBase:
-        return self.tokenizer
-
     # ---- training ----
 
     @property
@@ -179,7 +184,7 @@ class LanguageTask(GenerationTask):
         return stack
 
     def token_metrics(self, counts: np.ndarray) -> dict[str, float]:
-        return language_metrics(counts, self.data.size("validation"))
+        return language_metrics(counts, self.size("validation"))
 
     # ---- evaluation and report ----
 
@@ -206,7 +211,7 @@ class LanguageTask(GenerationTask):
 
     def split_metrics(self, split: str, counts: np.ndarray) -> dict[str, float]:
         """The metrics of `token_counts` (rows, 3) of a split."""
-        return language_metrics(counts, self.data.size(split))
+        return language_metrics(counts, self.size(split))
 
     def measure(self, counts: np.ndarray, choices: np.ndarray) -> Measurement:
         """The measurement of the primary metric from the validation split's counts and most probable tokens."""
@@ -215,12 +220,6 @@ class LanguageTask(GenerationTask):
     def measurements(self, evaluations: dict[str, LanguageEvaluation]) -> dict[str, Measurement]:
         """Those whose examples are the same, by role."""
         return {role: evaluation.measurement for role, evaluation in evaluations.items()}
-
-    def headline(self, vocabulary: int) -> dict[str, Any]:
-        """The primary metric, and its value for a model that predicts the frequencies of the tokens."""
-        train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))
-        chance = unigram_perplexity(train, validation, vocabulary)
-        return {"metric": "perplexity", "lower_is_better": True, "chance": chance}
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
@@ -235,23 +234,46 @@ class LanguageTask(GenerationTask):
 
         `evaluations` and `models` by role: teacher, control (unless --no_control) and student.
         """
-        args, new = self.args, min(CONTINUATION, self.args.block_size // 2)  # the prompt must fit into the context too
-        prompt = first_words(self.data, self.tokenizer, args.block_size)
-        samples = {role: continuation(m, self.tokenizer_of(role), prompt, new) for role, m in models.items()}
-        tokens = {split: len(label_tokens(blocks)) for split, blocks in self.splits.items()}
+        sample = self.sample()
+        samples = {role: self.continued(role, model, sample) for role, model in models.items()}
+        tokens = {split: len(label_tokens(rows)) for split, rows in self.splits.items()}
         results = self.results(
             run,
             self.data.name,
             {role: evaluation.entry for role, evaluation in evaluations.items()},
             measurements=self.measurements(evaluations),
-            method=self.method_name + ("_hidden" if args.hidden_weight else ""),
-            corpus={"tokens": tokens, "bytes": {split: self.data.size(split) for split in self.splits}},
-            sample={"prompt": one_line(prompt)} | samples,
+            method=self.method_name + ("_hidden" if self.args.hidden_weight else ""),
+            corpus={"tokens": tokens, "bytes": {split: self.size(split) for split in self.splits}},
+            sample={"prompt": one_line(sample.prompt)} | samples,
             **self.headline(models["student"].config.vocab_size),
         )
-        quoted = json.dumps(prompt, ensure_ascii=False)
-        card = card_of(run, USAGE.format(prompt=quoted, new=new), "text-generation", KNOWN)
-        run.finish(results, models["student"], card, self.tokenizer)
+        run.finish(
+            results, models["student"], card_of(run, self.usage(sample), "text-generation", KNOWN), self.tokenizer
+        )
+
+    def size(self, split: str) -> int:
+        """Size of a split's text in UTF-8 bytes."""
+        return int(self.data.size(split))
+
+    def headline(self, vocabulary: int) -> dict[str, Any]:
+        """The primary metric, and its value for a model that predicts the frequencies of the tokens."""
+        train, validation = (label_tokens(self.splits[split]) for split in ("train", "validation"))
+        chance = unigram_perplexity(train, validation, vocabulary)
+        return {"metric": "perplexity", "lower_is_better": True, "chance": chance}
+
+    def sample(self) -> Sample:
+        """The prompt of the texts in the report."""
+        prompt = first_words(self.data, self.tokenizer, self.args.block_size)
+        new = min(CONTINUATION, self.args.block_size // 2)  # the prompt must fit into the context too
+        return Sample(prompt, self.tokenizer(prompt)["input_ids"], new)
+
+    def continued(self, role: str, model: PreTrainedModel, sample: Sample) -> str:
+        """The text that the model of a role generates after the prompt."""
+        return continuation(model, self.tokenizer, sample)
+
+    def usage(self, sample: Sample) -> str:
+        """The code of the model card."""
+        return USAGE.format(prompt=json.dumps(sample.prompt, ensure_ascii=False), new=sample.new)
 
 
 def predict_tokens(
@@ -286,12 +308,17 @@ def first_words(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: 
     return str(tokenizer.decode(ids["input_ids"])).rsplit(maxsplit=1)[0]  # the last word may be incomplete
 
 
-def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new: int) -> str:
-    """The text of `new` tokens that a model generates after the prompt, greedily, as one line."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    end = tokenizer.eos_token_id
-    ids = model.eval().generate(**inputs, max_new_tokens=new, do_sample=False, pad_token_id=end)
-    return one_line(str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :])))
+def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> str:
+    """The text that a model generates after the prompt, greedily, as one line."""
+    ids = torch.tensor([sample.ids], device=model.device)
+    generated = model.eval().generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=sample.new,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return one_line(str(tokenizer.decode(generated[0, ids.shape[1] :])))
 
 
 def one_line(text: str) -> str:

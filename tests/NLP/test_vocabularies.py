@@ -319,7 +319,8 @@ def named(tmp_path_factory: pytest.TempPathFactory, learned: Any) -> Path:
 def distill(texts: Path, output: Path, *words: object) -> dict[str, Any]:
     sizes = "--teacher_layers 1 --teacher_width 32 --vocabulary_size 330 --teacher_epochs 1 --num_train_epochs 1"
     recipe = recipe_of(*sizes.split(), *"--block_size 16 --report_to none --precision fp32".split())
-    run_script(SCRIPT, recipe, "--dataset", texts, "--output_dir", output, *words)
+    data = () if "--dataset" in words else ("--dataset", texts)
+    run_script(SCRIPT, recipe, *data, "--output_dir", output, *words)
     results: dict[str, Any] = json.loads((output / "results.json").read_text())
     return results
 
@@ -367,6 +368,7 @@ def test_a_named_student_two_seeds_accumulation_and_a_short_context(folder: Path
         ([*SMALLER, "--method", "uld:beta=1"], "method uld has no argument 'beta'"),
         ([*SMALLER[:-1], 10, "--method", "uld"], "--student_vocabulary_size must be at least"),
         (["--student", "SMALL", "--method", "uld", "--block_size", 32], "at most 16"),
+        (["--method", "uld", "--dataset", "answers"], "--method uld learns from plain texts"),
     ],
 )
 def test_invalid_arguments_give_one_line(
