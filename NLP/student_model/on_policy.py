@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from kd.common.methods import Method
-from kd.common.objective import Objective, Term, Weight
+from kd.common.objective import Objective
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import LABELS, KDTrainingArguments
 from kd.common.utils.errors import UserError
@@ -62,20 +62,16 @@ class OnPolicyObjective(Objective):
 
     def __init__(self, method: Method) -> None:
         super().__init__(**method.terms)
-        self.of_samples: dict[str, tuple[Weight, Term]] = {
-            name: (1.0 if name == "tokens" else weight, term)
-            for name, (weight, term) in method.terms.items()
-            if name != LABELS
-        }
+        terms = {name: term for name, term in method.terms.items() if name != LABELS}
+        terms["tokens"] = 1.0, terms["tokens"][1]
+        self._of_samples = (Objective(**terms),)  # in a tuple, as the modules of its terms are registered above
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
         if not student.sampled:
             return super().forward(student, teacher, labels)
-        weights = {name: w(self.progress) if callable(w) else w for name, (w, _) in self.of_samples.items()}
-        return {
-            f"sampled_{name}": weights[name] * term(student, teacher, labels)
-            for name, (_, term) in self.of_samples.items()
-        }
+        (of_samples,) = self._of_samples
+        of_samples.set_progress(self.progress)
+        return {f"sampled_{name}": part for name, part in of_samples(student, teacher, labels).items()}
 
 
 @dataclass(frozen=True)
