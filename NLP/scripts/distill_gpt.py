@@ -138,7 +138,7 @@ def main() -> None:
     data = load_language_data(args)
     print_notes(data.name, data.notes)
     named_models = teacher, _ = load_named_models(args)
-    task = AcrossVocabularies if args.across_vocabularies else LanguageTask
+    task: type[LanguageTask] = AcrossVocabularies if args.across_vocabularies else LanguageTask
     if isinstance(data, PromptData):
         if args.across_vocabularies:
             raise UserError(f"--method {args.method} learns from plain texts, not from prompts: pass --text_column")
