@@ -4,9 +4,10 @@
     Objective(hidden=(1.0, FeatureTerm("encoder.layer.1", "encoder.layer.3", feature_l2)))      # feature distillation
 
 A term maps (student outputs, teacher outputs or None, labels or None) to a scalar. `task_loss` and `logit_term` build
-terms on logits, `FeatureTerm` builds one on features. A term with parameters is a module. Its auxiliary parameters are
-optimized, clipped and checkpointed with those of the student, and are not saved with the student. The weight of a term
-is a number, or a function of the training progress, such as `warm_up(1.0, 0.1)`.
+terms on logits, `TokenTerm` builds one on the logits of tokens, and `FeatureTerm` one on features. A term with
+parameters is a module. Its auxiliary parameters are optimized, clipped and checkpointed with those of the student, and
+are not saved with the student. The weight of a term is a number, or a function of the training progress, such as
+`warm_up(1.0, 0.1)`.
 """
 
 import math
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from kd.common import losses
 from kd.common.losses.shared import same_shape
-from kd.common.outputs import Outputs
+from kd.common.outputs import Outputs, require
+from kd.common.token_terms import TokenTerm, per_sequence, token_sums
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED, TaskType
 
@@ -51,7 +53,22 @@ class Objective(nn.Module):
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> dict[str, Tensor]:
         weights = self.current_weights()
-        return {name: weights[name] * term(student, teacher, labels) for name, term in self.terms.items()}
+        token_terms = {name: term for name, term in self.terms.items() if isinstance(term, TokenTerm)}
+        sums = token_sums(list(token_terms.values()), student, teacher, labels) if token_terms else ()
+        values = dict(zip(token_terms, sums, strict=True))
+        return {
+            name: weights[name] * (values[name] if name in values else term(student, teacher, labels))
+            for name, term in self.terms.items()
+        }
+
+    def items(self, inputs: dict[str, Any], labels: Tensor | None) -> int:
+        """Number of items in the mean of a batch: samples, tokens with a label, or sequences that have such tokens."""
+        if labels is None or labels.dim() == 1 or labels.is_floating_point():
+            return len(next(iter(inputs.values())))
+        labelled = labels != IGNORED
+        if any(isinstance(term, TokenTerm) and term.weights is per_sequence for term in self.terms.values()):
+            labelled = labelled.any(dim=1)
+        return int(labelled.sum())
 
     def current_weights(self) -> dict[str, float]:
         """{name: weight} at the current progress."""
@@ -120,7 +137,7 @@ class TaskLoss:
         self.task, self.smoothing, self.labelled_share = task, smoothing, labelled_share
 
     def __call__(self, student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-        logits, labels = _require(student.logits, "student logits"), _require(labels, "labels")
+        logits, labels = require(student.logits, "student logits"), require(labels, "labels")
         labelled = is_labelled(labels)
         if self.task == "regression":
             total = losses.regression_mse(logits, _with_predictions(labels, logits)) * len(labels)
@@ -171,16 +188,16 @@ def logit_term(
     """
 
     def term(student: Outputs, teacher: Outputs | None, targets: Tensor | None) -> Tensor:
-        logits = _require(student.logits, "student logits")
-        teacher_logits = _require(teacher.logits if teacher else None, "teacher logits")
+        logits = require(student.logits, "student logits")
+        teacher_logits = require(teacher.logits if teacher else None, "teacher logits")
         if ignore_unlabelled:
-            keep = _require(targets, "labels") != IGNORED
+            keep = require(targets, "labels") != IGNORED
             if not keep.any():
                 return logits.sum() * 0.0
             logits, teacher_logits = logits[keep], teacher_logits[keep]
         if standardize:
             logits, teacher_logits = losses.standardized(logits), losses.standardized(teacher_logits)
-        return loss(logits, teacher_logits, *([_require(targets, "labels")] if labels else []))
+        return loss(logits, teacher_logits, *([require(targets, "labels")] if labels else []))
 
     term.needs_labels = labels  # type: ignore[attr-defined]
     return term
@@ -262,10 +279,4 @@ def average_down(maps: Tensor, size: int) -> Tensor:
 
 def teacher_is_right(teacher: Outputs | None, labels: Tensor | None) -> Tensor:
     """Mask (batch,) of the samples that the teacher classifies correctly."""
-    return _require(teacher.logits if teacher else None, "teacher logits").argmax(1) == _require(labels, "labels")
-
-
-def _require(value: Tensor | None, name: str) -> Tensor:
-    if value is None:
-        raise UserError(f"the objective needs {name}, and this batch has none: choose another method")
-    return value
+    return require(teacher.logits if teacher else None, "teacher logits").argmax(1) == require(labels, "labels")

@@ -9,6 +9,8 @@ from einops import einsum, reduce
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from kd.common.utils.errors import UserError
+
 
 @dataclass
 class Outputs(ModelOutput):
@@ -24,6 +26,13 @@ class Outputs(ModelOutput):
     mask: Tensor | None = None
     sample_id: Tensor | None = None
     sampled: bool | None = None
+
+
+def require(value: Tensor | None, name: str) -> Tensor:
+    """The value of an output. Raises UserError if there is none."""
+    if value is None:
+        raise UserError(f"the objective needs {name}, and this batch has none: choose another method")
+    return value
 
 
 class FeatureHooks:

@@ -7,8 +7,9 @@
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
 The student learns the teacher's distribution over each next token of the corpus, with the forward KL divergence (kd,
-arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543) or the generalized Jensen-Shannon
-divergence (js, arXiv:2306.13649).
+arXiv:1503.02531), the reverse KL divergence (reverse_kl, arXiv:2306.08543), the generalized Jensen-Shannon divergence
+(js, arXiv:2306.13649), the skewed KL divergences (skew_kl and skew_reverse_kl, arXiv:2402.03898), the total variation
+distance (tv, arXiv:2307.15190) or the alpha-beta divergence (abkd, arXiv:2505.04560).
 With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
 Of prompts and completions, or of chats, only completions, or the assistant's messages, count in losses and metrics.
 """
@@ -20,7 +21,7 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
-from kd.nlp.student_model.arguments import CUT, VOCABULARY_METHODS
+from kd.nlp.student_model.arguments import CUT, DIVERGENCE_NAMES, VOCABULARY_METHODS
 from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
@@ -69,8 +70,8 @@ class Arguments(OnPolicyArguments):
     method: str = field(
         default="kd",
         metadata={
-            "help": "Divergence from the teacher: kd, reverse_kl, or js:beta=0.5. "
-            "For another vocabulary: uld or shared_tokens."
+            "help": f"Divergence from the teacher, NAME[:key=value:...], as in js:beta=0.1: "
+            f"{', '.join(DIVERGENCE_NAMES)}. For another vocabulary: {', '.join(VOCABULARY_METHODS)}."
         },
     )
     hidden_weight: NotNegative = field(
@@ -124,9 +125,10 @@ from kd.common.methods import parse_method
 from kd.common.utils.errors import UserError
 from kd.nlp.data.prompts import PromptData, load_language_data
 from kd.nlp.student_model.across_vocabularies import METHODS, AcrossVocabularies
-from kd.nlp.student_model.generation import DIVERGENCES, open_run
+from kd.nlp.student_model.generation import open_run
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 from kd.nlp.student_model.prompts import PromptTask
+from kd.nlp.student_model.token_objective import divergence_of
 
 
 def main() -> None:
@@ -134,7 +136,10 @@ def main() -> None:
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
-    parse_method(args.method, {**DIVERGENCES, **METHODS}, temperature=training.temperature)  # raises UserError
+    if args.across_vocabularies:
+        parse_method(args.method, METHODS, temperature=training.temperature)  # raises UserError for an invalid method
+    else:
+        divergence_of(args.method, training.temperature)  # likewise
     data = load_language_data(args)
     print_notes(data.name, data.notes)
     named_models = teacher, _ = load_named_models(args)

@@ -8,7 +8,7 @@
 
 The student learns the teacher's distribution over each next token of the references (kd), the teacher's beam-search
 translations instead of the references (sequence_kd), or the teacher's distributions over its translations
-(sequence_kd+kd).
+(sequence_kd+kd). The divergences of distill_gpt.py can replace kd, as in sequence_kd+reverse_kl.
 With --on_policy_share, some updates are on samples of the student (arXiv:2306.13649).
 """
 
@@ -19,6 +19,7 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import Count, NotNegative, Positive, ShareBelow1
+from kd.nlp.student_model.arguments import DIVERGENCE_NAMES, SEQUENCE_KD
 from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import SCRATCH
 
@@ -66,11 +67,15 @@ class Arguments(OnPolicyArguments):
     student_decoder_layers: Count = field(
         default=1, metadata={"help": "Number of decoder layers of a student that is cut or has random weights."}
     )
-    method: Literal["kd", "sequence_kd", "sequence_kd+kd"] = field(
-        default="sequence_kd+kd",
+    method: str = field(
+        default=f"{SEQUENCE_KD}+kd",
         metadata={
-            "help": "What to learn from the teacher: kd for next-token distributions, sequence_kd for translations."
+            "help": f"{SEQUENCE_KD} for the teacher's translations, a divergence of next-token distributions "
+            f"({', '.join(DIVERGENCE_NAMES)}; NAME[:key=value:...]), or both as {SEQUENCE_KD}+NAME."
         },
+    )
+    average: Literal["tokens", "sequences"] = field(
+        default="tokens", metadata={"help": "Mean of the losses: over all tokens, or over sentences of their means."}
     )
     beams: Count = field(
         default=5, metadata={"help": "Number of beams for the teacher's translations and the *_beam metrics."}
@@ -85,7 +90,7 @@ class Arguments(OnPolicyArguments):
         super().check_unused_flags()
         if not self.teacher_epochs:
             reject_unused("--teacher_epochs is 0", self, "teacher_learning_rate")
-        if self.method == "sequence_kd":
+        if self.method == SEQUENCE_KD:
             reject_unused("--method sequence_kd trains on translations alone", self, "alpha", "temperature")
 
 
@@ -113,12 +118,16 @@ if __name__ == "__main__":
 from kd.common.data.sources import print_notes
 from kd.nlp.data.translation import load_translation_data
 from kd.nlp.student_model.generation import open_run
+from kd.nlp.student_model.token_objective import divergence_of, parts_of
 from kd.nlp.student_model.translation import TranslationTask, load_named_models
 
 
 def main() -> None:
     args, training = parse(*ARGUMENTS)
     reject_unused("a translator has no bottleneck", training, "value_learning_rate")
+    method = parts_of(args.method)
+    if method.divergence is not None:
+        divergence_of(method.divergence, training.temperature)  # raises UserError for an invalid method
     limits = args.max_train_samples, args.max_eval_samples
     data = load_translation_data(args.dataset, args.source, args.target, *limits)
     print_notes(data.name, data.notes)
@@ -128,7 +137,7 @@ def main() -> None:
 
     teacher = task.train_teacher(run)
     evaluations = {"teacher": task.evaluate(run, "teacher", teacher)}
-    translations = None if args.method == "kd" else task.translate_training_set(run, teacher)
+    translations = task.translate_training_set(run, teacher) if method.on_translations else None
     for seed_run in run.each_seed():
         if not training.no_control:
             control = task.train_control(seed_run, teacher)

@@ -22,9 +22,10 @@ from kd.common import losses
 from kd.common.data.sources import print_notes
 from kd.common.methods import Method, parse_method
 from kd.common.metrics.verdict import Measurement, measure_bits_per_byte
-from kd.common.objective import Divergence, Term, task_loss
+from kd.common.objective import Divergence, Term
 from kd.common.outputs import Outputs
 from kd.common.pretrained import load_tokenizer, stage_loader
+from kd.common.token_terms import label_term
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer_run import TrainerRun
@@ -142,7 +143,8 @@ class AcrossVocabularies(LanguageTask):
         divergence = parse_method(self.args.method, METHODS, temperature=training.temperature)
         if self.groups is not None:
             divergence = partial(divergence, groups=self.groups)
-        task, tokens = task_loss(smoothing=training.label_smoothing_factor), aligned_term(divergence, self.blocks)
+        task = label_term(training.label_smoothing_factor, self.token_weights)
+        tokens = aligned_term(divergence, self.blocks)
         return Method({"task": (training.alpha, task), "tokens": (1 - training.alpha, tokens)})
 
     def teacher_arguments(self, run: TrainerRun, teacher: PreTrainedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Base of the distillation of language models and translators: stages, the token-level objective, and results."""
+"""Base of the distillation of language models and translators: models, stages and results."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,21 +8,19 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kd.common.losses import jensen_shannon, soft_target_kl
-from kd.common.methods import Method, labels, parse_method
+from kd.common.methods import Method
 from kd.common.metrics.quality import language_warning, token_counts
-from kd.common.objective import Divergence, logit_term, task_loss
 from kd.common.pretrained import load_tokenizer, stage_loader
+from kd.common.token_terms import TokenWeights, label_term, per_token
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
-from kd.common.utils.ranges import Positive, ProperShare
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.on_policy import OnPolicyObjective, StudentSamples, check_on_policy
+from kd.nlp.student_model.token_objective import divergence_of, token_level
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator
 from kd.nlp.teacher_model.teacher import models_and_tokenizers
@@ -123,13 +121,21 @@ class GenerationTask(ABC):
 
     def method(self, training: KDTrainingArguments, model: PreTrainedModel, teacher: PreTrainedModel | None) -> Method:
         """Labels, and with a teacher also its distributions over the next token."""
-        smoothing = training.label_smoothing_factor
+        smoothing, weights = training.label_smoothing_factor, self.token_weights
         if teacher is None:
-            return labels(smoothing=smoothing)
-        return token_level(training.alpha, self.divergence(training), smoothing)
+            return Method({"task": (1.0, label_term(smoothing, weights))})
+        divergence = divergence_of(self.divergence, training.temperature)
+        return token_level(training.alpha, divergence, smoothing, weights)
 
-    def divergence(self, training: KDTrainingArguments) -> Divergence:
-        return divergence_of("kd", training.temperature)
+    @property
+    def token_weights(self) -> TokenWeights:
+        """The weights of the tokens in the mean of a batch."""
+        return per_token
+
+    @property
+    def divergence(self) -> str:
+        """The divergence from the teacher, as `divergence_of` takes it."""
+        return str(self.args.method)
 
     @property
     def common_arguments(self) -> dict[str, Any]:
@@ -242,38 +248,6 @@ class GenerationTask(ABC):
             data_notes="; ".join(self.data.notes) or "none",
             **headline,
         )
-
-
-# ---- the objective on tokens ----
-
-
-def kd(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0) -> Tensor:
-    """KL(teacher || student) of the distributions over the next token (arXiv:1503.02531)."""
-    return soft_target_kl(student, teacher, temperature)
-
-
-def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0) -> Tensor:
-    """KL(student || teacher) of the distributions over the next token (arXiv:2306.08543)."""
-    return soft_target_kl(student, teacher, temperature, direction="reverse")
-
-
-def js(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0, beta: ProperShare = 0.5) -> Tensor:
-    """Generalized Jensen-Shannon divergence (arXiv:2306.13649); `beta` is the weight of the teacher in the mixture."""
-    return jensen_shannon(student, teacher, temperature=temperature, beta=beta)
-
-
-DIVERGENCES = {"kd": kd, "reverse_kl": reverse_kl, "js": js}
-
-
-def divergence_of(spec: str, temperature: float) -> Divergence:
-    """The divergence NAME or NAME:key=value:... of DIVERGENCES. Raises UserError as `parse_method` does."""
-    return parse_method(spec, DIVERGENCES, temperature=temperature)
-
-
-def token_level(alpha: float, divergence: Divergence, smoothing: float = 0.0) -> Method:
-    """alpha * cross-entropy with (smoothed) labels + (1 - alpha) * divergence from the teacher, means over tokens."""
-    task, teacher = task_loss(smoothing=smoothing), logit_term(divergence, ignore_unlabelled=True)
-    return Method({"task": (alpha, task), "tokens": (1 - alpha, teacher)})
 
 
 def label_tokens(rows: Dataset) -> np.ndarray:

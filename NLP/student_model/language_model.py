@@ -15,7 +15,6 @@ from kd.common.methods import Method
 from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import language_metrics, token_counts, unigram_perplexity
 from kd.common.metrics.verdict import Measurement, measure_perplexity
-from kd.common.objective import Divergence
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import NOT_INPUTS, Collate, run_inference
 from kd.common.training.trainer_run import TrainerRun
@@ -29,7 +28,6 @@ from kd.nlp.student_model.generation import (
     GenerationTask,
     Splits,
     check_same_vocabulary,
-    divergence_of,
     label_tokens,
 )
 from kd.nlp.student_model.layers import cut_layers, disable_dropout, kept_layers, layer_paths
@@ -176,9 +174,6 @@ class LanguageTask(GenerationTask):
         if teacher is not None and self.args.hidden_weight:
             method += hidden_states(model, teacher, self.args.hidden_weight)
         return method
-
-    def divergence(self, training: KDTrainingArguments) -> Divergence:
-        return divergence_of(self.args.method, training.temperature)
 
     def collator(self, model: PreTrainedModel) -> Callable[[Any], dict[str, Any]]:
         return stack

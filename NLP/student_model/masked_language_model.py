@@ -3,23 +3,21 @@
 import json
 import math
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kd.common.data.sources import print_notes
-from kd.common.losses import feature_cosine, soft_target_kl
-from kd.common.methods import Method, labels, match
+from kd.common.losses import feature_cosine
+from kd.common.methods import Method, match
 from kd.common.metrics.quality import chance_warning, token_metrics
 from kd.common.metrics.verdict import Measurement, measure_token_accuracy
-from kd.common.objective import Term, logit_term
-from kd.common.outputs import Outputs
+from kd.common.token_terms import TokenTerm, all_tokens, divergence_term, label_term, per_token
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import column_array
 from kd.common.training.trainer_run import TrainerRun
@@ -32,6 +30,7 @@ from kd.nlp.student_model.generation import Splits, check_same_vocabulary, label
 from kd.nlp.student_model.language_model import LanguageEvaluation, LanguageTask, one_line
 from kd.nlp.student_model.layers import alternating_layers, cut_layers, kept_layers
 from kd.nlp.student_model.methods import regressor_of, text_features
+from kd.nlp.student_model.token_objective import divergence_of
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import Generator
 from kd.nlp.teacher_model.masked import load_masked_language_model, random_bert, word_pieces
@@ -133,11 +132,11 @@ class MaskedLanguageTask(LanguageTask):
         """The loss of DistilBERT's distiller.py, or the masked tokens alone without a teacher. With gradient
         accumulation, a micro-batch counts in all terms by its number of masked tokens.
         """
-        smoothing, args = training.label_smoothing_factor, self.args
+        labels, args = label_term(training.label_smoothing_factor), self.args
         if teacher is None:
-            return labels(smoothing=smoothing)
+            return Method({"task": (1.0, labels)})
         soft_targets = token_soft_targets(training.temperature, args.soft_target_positions)
-        method = labels(args.alpha_mlm, smoothing=smoothing) + Method({"soft_targets": (args.alpha_ce, soft_targets)})
+        method = Method({"task": (args.alpha_mlm, labels), "soft_targets": (args.alpha_ce, soft_targets)})
         if not args.alpha_cos:
             return method
         last, teacher_last = text_features(model).last, text_features(teacher).last
@@ -202,19 +201,11 @@ def masking_of(args: Any, tokenizer: PreTrainedTokenizerBase) -> Masking:
     return Masking(tokenizer, args.mask_share, args.whole_words)
 
 
-def token_soft_targets(temperature: float, positions: Literal["all", "masked"]) -> Term:
+def token_soft_targets(temperature: float, positions: Literal["all", "masked"]) -> TokenTerm:
     """T^2 KL(teacher || student) of the distributions over the vocabulary, averaged over all tokens that are not
     padding, as in DistilBERT's distiller.py, or over the masked ones alone (its --restrict_ce_to_mask).
     """
-    loss = partial(soft_target_kl, temperature=temperature)
-    if positions == "masked":
-        return logit_term(loss, ignore_unlabelled=True)
-
-    def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
-        assert student.logits is not None and teacher is not None and teacher.logits is not None
-        return loss(student.logits, teacher.logits, sample_weights=student.mask)
-
-    return term
+    return divergence_term(divergence_of("kd", temperature), per_token if positions == "masked" else all_tokens)
 
 
 def masked_metrics(counts: np.ndarray) -> dict[str, float]:

@@ -23,6 +23,7 @@ from kd.common.metrics.cost import cost
 from kd.common.metrics.quality import token_counts, token_metrics, translation_metrics
 from kd.common.metrics.verdict import Measurement, measure_bleu
 from kd.common.reporting.plots import plot_curves
+from kd.common.token_terms import TokenWeights, per_sequence, per_token
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.inference import NOT_INPUTS, run_inference
 from kd.common.training.teacher_outputs import cache_outputs
@@ -34,6 +35,7 @@ from kd.nlp.student_model.arguments import CUT
 from kd.nlp.student_model.cards import card_of
 from kd.nlp.student_model.generation import GenerationTask, Splits, check_same_vocabulary
 from kd.nlp.student_model.layers import cut_translator, number_of_layers
+from kd.nlp.student_model.token_objective import parts_of
 from kd.nlp.teacher_model import SCRATCH
 from kd.nlp.teacher_model.generative import (
     Generator,
@@ -133,13 +135,21 @@ class TranslationTask(GenerationTask):
     def token_metrics(self, counts: np.ndarray) -> dict[str, float]:
         return token_metrics(counts)
 
+    @property
+    def divergence(self) -> str:
+        return str(parts_of(self.args.method).divergence)
+
+    @property
+    def token_weights(self) -> TokenWeights:
+        return per_sequence if self.args.average == "sequences" else per_token
+
     def train_student(
         self, run: TrainerRun, teacher: PreTrainedModel, translations: Dataset | None = None
     ) -> PreTrainedModel:
-        """The stage `student`: trains on the teacher's distributions (--method kd), on its `translations`
-        (sequence_kd), or on both.
+        """The stage `student`: trains on the teacher's distributions (--method kd or another divergence), on its
+        `translations` (sequence_kd), or on both.
         """
-        distributions_of = None if self.args.method == "sequence_kd" else teacher
+        distributions_of = None if parts_of(self.args.method).divergence is None else teacher
         return self.stage(run, "student", partial(self.initial_student, teacher), distributions_of, translations)
 
     def translate_training_set(self, run: TrainerRun, teacher: PreTrainedModel) -> Dataset:

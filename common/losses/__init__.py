@@ -45,7 +45,9 @@ from kd.common.losses.predictions import (
     jensen_shannon,
     regression_huber,
     regression_mse,
+    skew_kl,
     soft_target_kl,
+    total_variation,
 )
 from kd.common.losses.vocabularies import grouped_kl, sorted_probabilities
 
@@ -86,11 +88,13 @@ __all__ = [
     "sample_relations",
     "similarity_l2",
     "similarity_preserving",
+    "skew_kl",
     "soft_target_kl",
     "sorted_probabilities",
     "spatial_kl",
     "stage_attention",
     "standardized",
+    "total_variation",
     "transport",
     "variational",
 ]

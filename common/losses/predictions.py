@@ -5,6 +5,7 @@ Those of published methods for classifiers are in `classifiers.py`.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from einops import rearrange
 from torch import Tensor
 
 from kd.common.losses.shared import kl, same_shape, weighted_mean
+
+Reduction = Literal["mean", "none"]
 
 
 def soft_target_kl(
@@ -22,27 +25,48 @@ def soft_target_kl(
     scale: float | Tensor | None = None,
     direction: str = "forward",
     sample_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Hinton's soft targets (arXiv:1503.02531): scale * KL(softmax(teacher / T_t) || softmax(student / T)).
 
     Logits are (batch, classes), or (batch, positions, vocabulary) of a language model; summed over classes, averaged
     over the other dimensions, weighted by `sample_weights`, such as a mask (batch, positions); zero if all weights are
-    zero. `teacher_temperature` defaults to `temperature`, `scale` to the product of the two, which keeps gradients
+    zero. With `reduction="none"`, the result is (batch,) or (batch, positions), times the weights if there are any.
+    `teacher_temperature` defaults to `temperature`, `scale` to the product of the two, which keeps gradients
     comparable across temperatures. `direction="reverse"` is KL(student || teacher). Raises ValueError for a
     temperature that is not positive, for another direction and for shapes that differ.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    # Tensors are not checked: reading a value would wait for the device.
-    if any(t <= 0 for t in (temperature, teacher_temperature) if not isinstance(t, Tensor)):
-        raise ValueError(f"temperatures must be positive, got {temperature} and {teacher_temperature}")
     _check_direction(direction)
-    same_shape(student_logits, teacher_logits)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / teacher_temperature, dim=-1)
+    teacher, student = _log_probabilities(student_logits, teacher_logits, temperature, teacher_temperature)
     p, q = (teacher, student) if direction == "forward" else (student, teacher)
-    divergence = kl(p, q, dim=-1)  # (batch,) or (batch, positions)
     scale = temperature * teacher_temperature if scale is None else scale
-    return scale * weighted_mean(divergence, sample_weights)
+    return scale * _reduced(kl(p, q, dim=-1), sample_weights, reduction)
+
+
+def skew_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    skew: float = 0.1,
+    direction: str = "forward",
+    sample_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Skewed KL divergence (DistiLLM, arXiv:2402.03898, section 3.1): KL(p || skew p + (1 - skew) q).
+
+    p is the teacher's distribution and q the student's, both at `temperature`; scaled by temperature^2. The mixture
+    bounds the divergence by temperature^2 * -log(skew), and its gradient where q is near zero. `direction="reverse"`
+    is KL(q || skew q + (1 - skew) p). The limit of skew -> 0 is `soft_target_kl`. Shapes, averages and reduction as in
+    soft_target_kl. Raises ValueError unless 0 < skew < 1, and as soft_target_kl does.
+    """
+    if not 0 < skew < 1:
+        raise ValueError(f"need 0 < skew < 1, got {skew}")
+    _check_direction(direction)
+    teacher, student = _log_probabilities(student_logits, teacher_logits, temperature)
+    p, q = (teacher, student) if direction == "forward" else (student, teacher)
+    divergence = kl(p, _log_mixture(p, q, skew), dim=-1)
+    return temperature**2 * _reduced(divergence, sample_weights, reduction)
 
 
 def jensen_shannon(
@@ -51,21 +75,39 @@ def jensen_shannon(
     temperature: float = 1.0,
     beta: float = 0.5,
     sample_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Generalized Jensen-Shannon divergence (arXiv:2306.13649, eq. 3): beta KL(p || m) + (1 - beta) KL(q || m).
 
     p is the teacher's distribution and q the student's, both at `temperature`, m = beta p + (1 - beta) q; scaled by
-    temperature^2. Shapes and averages as in soft_target_kl. Symmetric for beta = 1/2, and then at most
+    temperature^2. Shapes, averages and reduction as in soft_target_kl. Symmetric for beta = 1/2, and then at most
     temperature^2 * log 2. Raises ValueError unless 0 < beta < 1, and as soft_target_kl does.
     """
-    if temperature <= 0 or not 0 < beta < 1:
-        raise ValueError(f"need a positive temperature and 0 < beta < 1, got {temperature} and {beta}")
-    same_shape(student_logits, teacher_logits)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
+    if not 0 < beta < 1:
+        raise ValueError(f"need 0 < beta < 1, got {beta}")
+    teacher, student = _log_probabilities(student_logits, teacher_logits, temperature)
+    mixture = _log_mixture(teacher, student, beta)
     divergence = beta * kl(teacher, mixture, dim=-1) + (1 - beta) * kl(student, mixture, dim=-1)
-    return temperature**2 * weighted_mean(divergence, sample_weights)
+    return temperature**2 * _reduced(divergence, sample_weights, reduction)
+
+
+def total_variation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    sample_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Total variation distance (f-distill, arXiv:2307.15190): 1/2 sum_c |p - q|, scaled by the temperature.
+
+    p is the teacher's distribution and q the student's, both at `temperature`. The distance is of first order in p - q
+    and the other divergences are of second order: so its factor is T instead of T^2. At most T, and its gradient does
+    not vanish near p = q: it suits small learning rates, or a sum with another loss. Shapes, averages and reduction as
+    in soft_target_kl. Raises ValueError as soft_target_kl does.
+    """
+    teacher, student = _log_probabilities(student_logits, teacher_logits, temperature)
+    distance = (teacher.exp() - student.exp()).abs().sum(dim=-1) / 2
+    return temperature * _reduced(distance, sample_weights, reduction)
 
 
 def alpha_beta(
@@ -75,6 +117,7 @@ def alpha_beta(
     alpha: float = 0.8,
     beta: float = 0.3,
     sample_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Alpha-beta divergence (ABKD, arXiv:2505.04560, definition 4.1), scaled by temperature^2.
 
@@ -82,15 +125,12 @@ def alpha_beta(
     distribution p and the student's q, both at `temperature`. beta = 0 is its limit, sum_c [p^alpha log(p^alpha /
     q^alpha) - p^alpha + q^alpha] / alpha^2, and alpha = 0 the same with p and q exchanged. So (1, 0) is the forward KL
     of `soft_target_kl`, (0, 1) the reverse KL, and (1, 1) half the squared distance of p and q. (The published code
-    divides the limits by alpha instead of alpha^2.) Shapes and averages as in soft_target_kl. Raises ValueError for a
-    negative alpha or beta, if both are zero, and as soft_target_kl does.
+    divides the limits by alpha instead of alpha^2.) Shapes, averages and reduction as in soft_target_kl. Raises
+    ValueError for a negative alpha or beta, if both are zero, and as soft_target_kl does.
     """
-    if temperature <= 0 or min(alpha, beta) < 0 or alpha + beta == 0:
-        found = f"{temperature}, {alpha} and {beta}"
-        raise ValueError(f"need a positive temperature, and alpha and beta of at least 0, not both 0: got {found}")
-    same_shape(student_logits, teacher_logits)
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    if min(alpha, beta) < 0 or alpha + beta == 0:
+        raise ValueError(f"need alpha and beta of at least 0, not both 0: got {alpha} and {beta}")
+    teacher, student = _log_probabilities(student_logits, teacher_logits, temperature)
     if beta == 0:
         divergence = _power_kl(teacher, student, alpha)
     elif alpha == 0:
@@ -100,7 +140,39 @@ def alpha_beta(
         both = alpha * (total * teacher).exp() + beta * (total * student).exp()
         mixed = total * (alpha * teacher + beta * student).exp()
         divergence = (both - mixed).sum(dim=-1) / (alpha * beta * total)
-    return temperature**2 * weighted_mean(divergence.clamp(min=0), sample_weights)
+    return temperature**2 * _reduced(divergence.clamp(min=0), sample_weights, reduction)
+
+
+def _log_probabilities(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float | Tensor,
+    teacher_temperature: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of teacher and student in fp32. Raises ValueError for a temperature that is not positive
+    and for shapes that differ.
+    """
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    # Tensors are not checked: reading a value would wait for the device.
+    if any(t <= 0 for t in (temperature, teacher_temperature) if not isinstance(t, Tensor)):
+        raise ValueError(f"temperatures must be positive, got {temperature} and {teacher_temperature}")
+    same_shape(student_logits, teacher_logits)
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.detach().float() / teacher_temperature, dim=-1)
+    return teacher, student
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
+    """log(weight * p + (1 - weight) * q) of log-probabilities, for 0 < weight < 1."""
+    return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+
+def _reduced(values: Tensor, weights: Tensor | None, reduction: Reduction) -> Tensor:
+    if reduction == "mean":
+        return weighted_mean(values, weights)
+    if reduction != "none":
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    return values if weights is None else values * weights
 
 
 def _power_kl(log_p: Tensor, log_q: Tensor, power: float) -> Tensor:

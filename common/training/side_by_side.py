@@ -64,6 +64,10 @@ class SideBySideObjective(nn.Module):
         for objective in self.objectives.values():
             objective.set_progress(progress)  # type: ignore[operator]
 
+    def items(self, inputs: dict[str, Any], labels: Tensor | None) -> int:
+        objective: Any = next(iter(self.objectives.values()))  # all students have the same batches
+        return int(objective.items(inputs, labels))
+
     def _each(self, method: str, student: Outputs, *others: Any) -> dict[str, Tensor]:
         return {
             f"{name}/{part}": value

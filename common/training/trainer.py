@@ -40,7 +40,6 @@ from kd.common.training.optimizers import DistillationOrientedSGD, milestone_sch
 from kd.common.training.side_by_side import SideBySideObjective
 from kd.common.utils.errors import UserError, recording_interrupts
 from kd.common.utils.finite import CHECK_EVERY, DivergenceMonitor
-from kd.common.utils.tasks import IGNORED
 
 if TYPE_CHECKING:
     from kd.common.training.teacher_outputs import TeacherOutputs, TeacherViews
@@ -154,7 +153,7 @@ class KDTrainer(CheckpointTrainer):
         # The mean over the step's items is the loss of one big batch; data parallelism averages over processes.
         share = 1.0
         if num_items_in_batch is not None:
-            share = _items(inputs, labels) * self.args.world_size / num_items_in_batch
+            share = self.objective.items(inputs, labels) * self.args.world_size / num_items_in_batch
         student = call_with_hooks(model, self._hooks, inputs, self.not_for_student)
         student.sample_id, student.sampled = sample_ids, sampled
         teacher = self._teacher_forward(inputs, sample_ids, views)
@@ -178,12 +177,12 @@ class KDTrainer(CheckpointTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        """Number of samples, or of tokens with a label, in this optimizer step over all micro-batches and processes.
-        None if the step is one micro-batch.
+        """Number of items in this optimizer step over all micro-batches and processes. None if the step is one
+        micro-batch.
         """
         if self.args.world_size == 1 and len(batch_samples) == 1:
             return None
-        number = sum(_items(batch, batch.get("labels")) for batch in batch_samples)
+        number = sum(self.objective.items(batch, batch.get("labels")) for batch in batch_samples)
         if self.args.world_size == 1:
             return number  # stays on the host: a copy to a GPU would wait for it
         return self.accelerator.gather(torch.tensor(number, device=device)).sum()
@@ -391,10 +390,3 @@ class KDTrainer(CheckpointTrainer):
             for leftover in ("_is_accelerate_prepared", "forward"):
                 vars(unwrapped).pop(leftover, None)
         self.accelerator.free_memory()
-
-
-def _items(batch: dict[str, Any], labels: Tensor | None) -> int:
-    """Number of items in the mean of a micro-batch: samples, or positions whose label is not IGNORED."""
-    if labels is not None and labels.dim() > 1 and not labels.is_floating_point():
-        return int((labels != IGNORED).sum())
-    return len(next(iter(batch.values())))

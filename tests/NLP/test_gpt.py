@@ -26,9 +26,10 @@ from kd.common.utils.tasks import IGNORED
 from kd.nlp.data import corpora
 from kd.nlp.data.corpora import Corpus, load_corpus, pack
 from kd.nlp.scripts.distill_gpt import Arguments, LanguageTrainingArguments
-from kd.nlp.student_model.generation import divergence_of, token_level
+from kd.nlp.student_model.arguments import DIVERGENCE_NAMES
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 from kd.nlp.student_model.layers import cut_layers
+from kd.nlp.student_model.token_objective import DIVERGENCES, divergence_of, token_level
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd_testing.paths import REPO
 from kd_testing.readmes import run_readme
@@ -174,32 +175,38 @@ def test_logits_do_not_depend_on_their_labels():
 # ---- objective ----
 
 
-def reference(kind: str, logits: Tensor, targets: Tensor, temperature: float, beta: float) -> Tensor:
-    """The divergences as in their papers, token by token."""
-    total = torch.zeros(())
-    for student, teacher in zip(logits, targets, strict=True):
-        q, p = (student / temperature).softmax(0), (teacher / temperature).softmax(0)
-        m = beta * p + (1 - beta) * q
-        if kind == "kd":
-            total = total + (p * (p / q).log()).sum()
-        elif kind == "reverse_kl":
-            total = total + (q * (q / p).log()).sum()
-        else:
-            total = total + beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
-    return temperature**2 * total / len(logits)
+T = 2.0
+REFERENCES = {  # the divergences of distributions p of the teacher and q of the student, from their papers
+    "kd": lambda p, q: T**2 * divergence(p, q),
+    "reverse_kl": lambda p, q: T**2 * divergence(q, p),
+    "js:beta=0.7": lambda p, q: T**2 * (0.7 * divergence(p, m := 0.7 * p + 0.3 * q) + 0.3 * divergence(q, m)),
+    "skew_kl": lambda p, q: T**2 * divergence(p, 0.1 * p + 0.9 * q),
+    "skew_reverse_kl:skew=0.2": lambda p, q: T**2 * divergence(q, 0.8 * p + 0.2 * q),
+    "tv": lambda p, q: T * (p - q).abs().sum() / 2,
+    "abkd": lambda p, q: T**2 * 2 * (p.sqrt() - q.sqrt()).square().sum(),
+}
 
 
-@pytest.mark.parametrize("kind", ["kd", "reverse_kl", "js:beta=0.7"])
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum()
+
+
+def test_every_divergence_has_a_reference_and_is_in_the_help():
+    assert {name.split(":")[0] for name in REFERENCES} == set(DIVERGENCES) == set(DIVERGENCE_NAMES)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
 def test_gradient_of_the_objective(kind):
     logits, teacher = torch.randn(2, 4, 9, requires_grad=True), torch.randn(2, 4, 9)
     labels = torch.randint(0, 9, (2, 4))
     labels[1, 2:] = IGNORED
-    loss = token_level(0.3, divergence_of(kind, 2.0), smoothing=0.1).objective
+    loss = token_level(0.3, divergence_of(kind, T), smoothing=0.1).objective
     parts = loss(Outputs(logits=logits), Outputs(logits=teacher), labels)
     (found,) = torch.autograd.grad(torch.stack(list(parts.values())).sum(), logits)
     rows, targets = logits.flatten(0, 1)[:6], teacher.flatten(0, 1)[:6]
     task = F.cross_entropy(rows, labels.flatten()[:6], label_smoothing=0.1)
-    expected = 0.3 * task + 0.7 * reference(kind, rows, targets, 2.0, 0.7)
+    pairs = zip((targets / T).softmax(1), (rows / T).softmax(1), strict=True)
+    expected = 0.3 * task + 0.7 * sum(REFERENCES[kind](p, q) for p, q in pairs) / 6
     (gradient,) = torch.autograd.grad(expected, logits)
     torch.testing.assert_close(found, gradient)
     assert not found[1, 2:].any()
@@ -431,6 +438,7 @@ def test_a_named_teacher_without_epochs_and_a_named_student(texts, gpt2, tmp_pat
         (["--teacher", "GPT2", "--student_layers", "4"], "cannot be cut from the teacher's 3"),
         (["--teacher", "GPT2", "--block_size", "32"], "at most 24"),
         (["--method", "js:beta=1"], "beta must be above 0 and below 1"),
+        (["--method", "abkd:alpha=0:beta=0"], "abkd needs alpha or beta above 0"),
         (["--teacher_epochs", "0"], "untrained"),
         (["--method", "sideways"], "no method 'sideways'"),
         (["--student", "scratch", "--student_layers", "4", "--hidden_weight", "1"], "has 4 layers to match"),

@@ -23,8 +23,8 @@ from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.intents import load_intents
 from kd.nlp.scripts.distill_gpt import Arguments as LanguageArguments
 from kd.nlp.scripts.distill_translation import Arguments as TranslationArguments
-from kd.nlp.student_model.generation import DIVERGENCES, divergence_of, token_level
 from kd.nlp.student_model.on_policy import OnPolicyObjective, StudentSamples, check_on_policy
+from kd.nlp.student_model.token_objective import DIVERGENCES, divergence_of, token_level
 from kd.nlp.teacher_model.generative import random_gpt2, random_marian
 from kd_testing.processes import in_processes
 from kd_testing.scripts import recipe_of, run_script

@@ -21,8 +21,8 @@ from kd.common.utils.errors import UserError
 from kd.nlp.data import number_words
 from kd.nlp.data.translation import TranslationCollator, load_translation_data, tokenize_translation
 from kd.nlp.scripts.distill_translation import Arguments, TranslationTrainingArguments
-from kd.nlp.student_model.generation import divergence_of, token_level
 from kd.nlp.student_model.layers import alternating_layers, cut_translator
+from kd.nlp.student_model.token_objective import divergence_of, token_level
 from kd.nlp.student_model.translation import TranslationTask, load_named_models
 from kd.nlp.teacher_model.generative import Generator, joint_bpe, random_marian, translate
 from kd_testing.readmes import run_readme
@@ -336,14 +336,14 @@ def test_the_control_starts_like_the_student_but_without_trained_weights(without
     assert (start[name].shape == teacher[name].shape and torch.equal(start[name], teacher[name])) == (student == "cut")
 
 
-@pytest.mark.parametrize("method", ["kd", "sequence_kd"])
+@pytest.mark.parametrize("method", ["kd", "sequence_kd", "sequence_kd+skew_reverse_kl:skew=0.2"])
 def test_word_and_sequence_level_methods(finished, small, tmp_path, method):
     words = ["--teacher", finished / "stages" / "teacher", "--teacher_epochs", 0, "--no_control", "--method", method]
     distill("--dataset", small, "--output_dir", tmp_path / "run", *words)
     found = results(tmp_path / "run")
     assert (found["method"], found["models"]["control"]) == (method, None)
     assert found["models"]["teacher"]["metrics"] == results(finished)["models"]["teacher"]["metrics"]
-    assert (found["seconds"]["teacher_outputs"] > 0) == (method == "sequence_kd")
+    assert (found["seconds"]["teacher_outputs"] > 0) == (method != "kd")
     first, second = (load_file(run / "student" / "model.safetensors") for run in (finished, tmp_path / "run"))
     assert not torch.equal(first["model.shared.weight"], second["model.shared.weight"])
 
@@ -490,6 +490,8 @@ def test_an_empty_translation_ends_at_once(small, t5):
         (["--student", "T5"], "different vocabularies"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
         (["--methid", "kd"], "did you mean --method"),
+        (["--method", "sequence_kd+kl"], "no method 'kl'"),
+        (["--method", "sequence"], "no method 'sequence', only kd, reverse_kl"),
     ],
 )
 def test_invalid_flags(capsys, tmp_path, small, t5, words, message):

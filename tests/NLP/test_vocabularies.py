@@ -30,7 +30,7 @@ from kd.nlp.data.vocabularies import (
     token_groups,
 )
 from kd.nlp.student_model.across_vocabularies import METHODS, AlignedTeacher, aligned_term
-from kd.nlp.student_model.generation import divergence_of, token_level
+from kd.nlp.student_model.token_objective import divergence_of, token_level
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
 from kd.nlp.teacher_model.masked import word_pieces
 from kd_testing.scripts import recipe_of, run_script

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from scipy.stats import entropy
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution, kl_divergence
 
@@ -16,6 +17,10 @@ MAPS = (2, 3, 4, 5)  # (batch, channels, height, width)
 
 def reverse_kl(student, teacher):
     return losses.soft_target_kl(student, teacher, direction="reverse")
+
+
+def skew_reverse_kl(student, teacher):
+    return losses.skew_kl(student, teacher, direction="reverse")
 
 
 def gaussian_means(student, teacher):
@@ -39,6 +44,11 @@ def partial_l2(student, teacher):
 LOSSES = {
     "soft_target_kl": (losses.soft_target_kl, (4, 3)),
     "reverse_kl": (reverse_kl, (4, 3)),
+    "skew_kl": (losses.skew_kl, (4, 3)),
+    "skew_reverse_kl": (skew_reverse_kl, (4, 3)),
+    "jensen_shannon": (losses.jensen_shannon, (4, 3)),
+    "total_variation": (losses.total_variation, (4, 3)),
+    "alpha_beta": (losses.alpha_beta, (4, 3)),
     "hard_targets": (losses.hard_targets, (4, 3)),
     "gaussian_means": (gaussian_means, (4, 3)),
     "feature_l2": (losses.feature_l2, (4, 5, 3)),
@@ -462,6 +472,54 @@ def test_generalised_jensen_shannon_by_hand(beta):
     assert losses.jensen_shannon(q.log(), p.log(), beta=beta).item() == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ValueError, match="beta"):
         losses.jensen_shannon(q, p, beta=1.0)
+
+
+@pytest.mark.parametrize("skew", [0.1, 0.6])
+def test_skewed_divergences_are_those_of_scipy(skew):
+    """scipy's `entropy` of two distributions is their KL divergence."""
+    student, teacher = torch.randn(6, 11), torch.randn(6, 11)
+    q, p = (softmax(logits.double().numpy() / 2, axis=1) for logits in (student, teacher))
+    forward = 4 * entropy(p, skew * p + (1 - skew) * q, axis=1)
+    reverse = 4 * entropy(q, skew * q + (1 - skew) * p, axis=1)
+    for direction, expected in (("forward", forward), ("reverse", reverse)):
+        found = losses.skew_kl(student, teacher, 2.0, skew, direction, reduction="none")
+        assert found.numpy() == pytest.approx(expected, rel=1e-4)
+    assert losses.skew_kl(student, teacher, 2.0, skew).item() == pytest.approx(forward.mean(), rel=1e-4)
+
+
+def test_skewed_divergences_are_bounded_and_approach_the_kl_divergence():
+    apart = torch.eye(2) * 1000
+    for direction in ("forward", "reverse"):
+        assert losses.skew_kl(apart, apart.flip(0), direction=direction).item() == pytest.approx(-math.log(0.1))
+        student, teacher = torch.randn(6, 11), torch.randn(6, 11)
+        expected = losses.soft_target_kl(student, teacher, direction=direction).item()
+        assert losses.skew_kl(student, teacher, 1.0, 1e-5, direction).item() == pytest.approx(expected, rel=1e-3)
+    for skew in (0.0, 1.0):
+        with pytest.raises(ValueError, match="0 < skew < 1"):
+            losses.skew_kl(apart, apart, skew=skew)
+
+
+def test_total_variation_by_hand():
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]), torch.tensor([[0.1, 0.1, 0.8], [0.2, 0.3, 0.5]])
+    each = losses.total_variation(q.log(), p.log(), reduction="none")
+    torch.testing.assert_close(each, torch.tensor([0.6, 0.1]))
+    assert losses.total_variation(3 * q.log(), 3 * p.log(), 3.0).item() == pytest.approx(3 * 0.35)
+    weights = torch.tensor([1.0, 3.0])
+    assert losses.total_variation(q.log(), p.log(), sample_weights=weights).item() == pytest.approx(0.225)
+    found = losses.total_variation(q.log(), p.log(), sample_weights=weights, reduction="none")
+    torch.testing.assert_close(found, torch.tensor([0.6, 0.3]))
+    with pytest.raises(ValueError, match="'mean' or 'none'"):
+        losses.total_variation(q, p, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.soft_target_kl, losses.skew_kl, losses.jensen_shannon, losses.total_variation]
+)
+def test_scales_keep_gradients_comparable_across_temperatures(loss):
+    """For large temperatures, the softmax is linear in the logits, and the temperature no longer matters."""
+    student, teacher = pair((4, 9))
+    first, second = (torch.autograd.grad(loss(student, teacher.detach(), t), student)[0] for t in (50.0, 100.0))
+    torch.testing.assert_close(first, second, rtol=0.1, atol=0.02 * first.abs().max().item())
 
 
 def test_soft_targets_of_tokens_ignore_masked_positions():

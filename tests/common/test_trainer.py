@@ -17,6 +17,7 @@ from kd.common.losses import feature_l2, soft_target_kl
 from kd.common.metrics.quality import classification_metrics
 from kd.common.objective import FeatureTerm, Objective, logit_term, task_loss
 from kd.common.outputs import Outputs
+from kd.common.token_terms import label_term, per_sequence
 from kd.common.training.checkpoints import last_checkpoint
 from kd.common.training.inference import LengthGroupedSampler
 from kd.common.training.teacher_outputs import TeacherOutputs
@@ -110,6 +111,21 @@ def test_each_token_has_the_same_weight_in_any_split_into_micro_batches(tmp_path
     KDTrainer(
         model=student, teacher=teacher, train_dataset=rows,
         objective=Objective(task=(0.5, task_loss()), soft=(0.5, soft)),
+        args=arguments(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+                       learning_rate=1.0, max_grad_norm=0.0, max_steps=1),
+    ).train()  # fmt: skip
+    torch.testing.assert_close(before - weights(student), expected)
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (3, 3)])
+def test_each_sequence_has_the_same_weight_in_any_split_into_micro_batches(tmp_path, batch, accumulation):
+    student, rows = model(), Sequences()
+    losses = F.cross_entropy(student(rows.x).logits.transpose(1, 2), rows.labels, reduction="none")
+    loss = (losses.sum(1) / (rows.labels != IGNORED).sum(1)).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))])
+    before = weights(student)
+    KDTrainer(
+        model=student, train_dataset=rows, objective=Objective(task=(1.0, label_term(weights=per_sequence))),
         args=arguments(tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
                        learning_rate=1.0, max_grad_norm=0.0, max_steps=1),
     ).train()  # fmt: skip
