@@ -281,6 +281,23 @@ def test_a_run_reports_the_exact_match_of_greedy_answers(tmp_path, capsys):
     assert "say" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_rows_are_padded_for_a_model_that_cannot_keep_them_apart(tokenizer, tmp_path):
+    """Bloom derives its positions from the attention mask."""
+    teacher, data = tmp_path / "teacher", write(tmp_path / "data", PAIRS)
+    tokenizer.save_pretrained(teacher)
+    config = BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    BloomForCausalLM(config).save_pretrained(teacher)
+    words = ["--dataset", data, "--output_dir", tmp_path / "run", "--report_to", "none", "--precision", "fp32"]
+    words += ["--teacher", teacher, "--teacher_epochs", 1, "--num_train_epochs", 1, "--block_size", 32]
+    run_script(SCRIPT, *words, "--student", "scratch", "--student_width", 32)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "padded instead of packed" in found["data_notes"]
+    check_verdict(found)
+
+
 def test_chats_with_a_chat_model_and_without_one(chat_tokenizer, tmp_path, capsys):
     data = write(tmp_path / "data", [{"messages": [*CHAT[1:3], *CHAT[3:]]}] * 20)
     teacher = tmp_path / "teacher"
