@@ -28,11 +28,16 @@ from kd.nlp.teacher_model.teacher import models_and_tokenizers
 Splits = dict[str, Dataset]
 
 
-def check_same_vocabulary(args: Any, student: Generator | None, teacher: Generator | None) -> None:
-    """Raises UserError if a named student does not have the vocabulary of a named teacher."""
+def check_same_vocabulary(
+    args: Any, student: Generator | None, teacher: Generator | None, methods: tuple[str, ...] = ()
+) -> None:
+    """Raises UserError if a named student does not have the vocabulary of a named teacher. `methods` are those of the
+    script that need no common vocabulary.
+    """
     if student and (teacher is None or not student.has_vocabulary_of(teacher)):
+        instead = "".join(f"--method {name}, " for name in methods)
         raise UserError(
-            f"student {args.student} and teacher {args.teacher} have different vocabularies: pass --student "
+            f"student {args.student} and teacher {args.teacher} have different vocabularies: pass {instead}--student "
             f"{SCRATCH} or {CUT}, or a student with the teacher's tokenizer"
         )
 
@@ -137,6 +142,10 @@ class GenerationTask(ABC):
         """Training arguments of all stages."""
         return {}
 
+    def teacher_arguments(self, run: TrainerRun, teacher: PreTrainedModel) -> dict[str, Any]:
+        """The arguments of KDTrainer for the outputs of the teacher."""
+        return {"teacher": teacher}
+
     def training_rows(self, run: TrainerRun, rows: Dataset) -> Any:
         """The rows of a stage as the trainer reads them."""
         return rows
@@ -208,7 +217,7 @@ class GenerationTask(ABC):
             objective=method.objective if samples is None else OnPolicyObjective(method),
             replace_batch=samples,
             features=method.features,
-            teacher=teacher,
+            **({} if teacher is None else self.teacher_arguments(run, teacher)),
             teacher_features=method.teacher_features,
             train_dataset=self.training_rows(run, self.splits["train"] if rows is None else rows),
             eval_dataset=self.splits["validation"],

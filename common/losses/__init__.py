@@ -49,6 +49,7 @@ from kd.common.losses.predictions import (
     soft_target_kl,
     total_variation,
 )
+from kd.common.losses.vocabularies import grouped_kl, sorted_probabilities
 
 __all__ = [
     "alpha_beta",
@@ -67,6 +68,7 @@ __all__ = [
     "feature_cosine",
     "feature_l2",
     "gaussian_kl",
+    "grouped_kl",
     "hard_targets",
     "hierarchical_l2",
     "info_nce",
@@ -88,6 +90,7 @@ __all__ = [
     "similarity_preserving",
     "skew_kl",
     "soft_target_kl",
+    "sorted_probabilities",
     "spatial_kl",
     "stage_attention",
     "standardized",
