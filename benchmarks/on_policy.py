@@ -93,16 +93,20 @@ def seconds(runs: list[Results], role: str) -> float:
 def table(runs: dict[str, list[Results]], best: str, ratio: float) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table."""
     control, head = runs["word"], ["", "validation", "beam", "test", "beam", "gain on validation", "seconds"]
-    rows = [row("teacher", control, "teacher", control), row("control", control, "control", control)]
-    rows += [row(name, runs[name], "student", control) for name in METHODS]
+    time = seconds(control, "control")
+    rows = [row(role, control, role, control, seconds(control, role)) for role in ("teacher", "control")]
+    rows += [row(name, runs[name], "student", control, seconds(runs[name], "student")) for name in METHODS]
     title = f"control, {ratio:.2f} times the epochs ({best})"
-    return head, [*rows, row(title, runs[SAME_TIME], "student", control)]
+    return head, [
+        *rows,
+        row(title, runs[SAME_TIME], "student", control, ratio * time),
+    ]  # its run calls the teacher too
 
 
-def row(title: str, runs: list[Results], role: str, control: list[Results]) -> list[str]:
+def row(title: str, runs: list[Results], role: str, control: list[Results], time: float) -> list[str]:
     scores = [bleu(runs, role, split, beam) for split in ("validation", "test") for beam in ("", "_beam")]
     gain = interval(bleu(runs, role) - bleu(control, "control"))
-    return [title, *(f"{score.mean():.2f}" for score in scores), gain, f"{seconds(runs, role):.0f}"]
+    return [title, *(f"{score.mean():.2f}" for score in scores), gain, f"{time:.0f}"]
 
 
 def interval(gains: np.ndarray) -> str:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from kd.common.data.fingerprints import data_fingerprint
@@ -66,7 +65,7 @@ class PromptData:
         for number, messages in enumerate(rows[MESSAGES][:]):
             try:
                 yield from chat_pieces(messages, tokenizer)
-            except (TemplateError, UserError) as error:
+            except Exception as error:  # a template is code, which may raise any error
                 raise UserError(
                     f"chat {number} of {split} does not fit the tokenizer's chat template ({reason_of(error)}): "
                     "change its roles, or pass another --teacher"

@@ -2,6 +2,7 @@
 
     python NLP/scripts/distill_gpt.py
     python NLP/scripts/distill_gpt.py --method reverse_kl --student scratch --student_layers 2
+    python NLP/scripts/distill_gpt.py --method uld --student scratch --student_vocabulary_size 1024
     python NLP/scripts/distill_gpt.py NLP/scripts/answers.yaml   # prompts and short answers
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
@@ -20,7 +21,7 @@ from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
-from kd.nlp.student_model.arguments import CUT, DIVERGENCE_NAMES, StoredLogitsArguments
+from kd.nlp.student_model.arguments import CUT, DIVERGENCE_NAMES, VOCABULARY_METHODS, StoredLogitsArguments
 from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
 
@@ -56,6 +57,9 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
 
     teacher_epochs: NotNegative = 6
     vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = 2048
+    student_vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] | None = field(
+        default=None, metadata={"help": "Size of a BPE vocabulary of the student, for uld and shared_tokens."}
+    )
     student_layers: Count = field(
         default=1, metadata={"help": "Number of layers of a student that is cut or has random weights."}
     )
@@ -67,7 +71,7 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
         default="kd",
         metadata={
             "help": f"Divergence from the teacher, NAME[:key=value:...], as in js:beta=0.1: "
-            f"{', '.join(DIVERGENCE_NAMES)}."
+            f"{', '.join(DIVERGENCE_NAMES)}. For another vocabulary: {', '.join(VOCABULARY_METHODS)}."
         },
     )
     hidden_weight: NotNegative = field(
@@ -77,8 +81,24 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
         default=None, metadata={"help": "Tokens of a block before a sample (default: half of --block_size)."}
     )
 
+    @property
+    def across_vocabularies(self) -> bool:
+        """Whether the method allows a student with another vocabulary than the teacher."""
+        return self.method.split(":")[0] in VOCABULARY_METHODS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        methods = " or ".join(f"--method {name}" for name in VOCABULARY_METHODS)
+        if self.student_vocabulary_size is not None and not self.across_vocabularies:
+            raise ValueError(f"--student_vocabulary_size needs a method for different vocabularies: pass {methods}")
+        for name in ("hidden_weight", "on_policy_share"):
+            if getattr(self, name) and self.across_vocabularies:
+                raise ValueError(f"--{name} needs the same tokens of student and teacher: leave it out with {methods}")
+
     def check_unused_flags(self) -> None:
         super().check_unused_flags()
+        if self.student != SCRATCH:
+            reject_unused("--student is not scratch", self, "student_vocabulary_size")
         if self.text_column:
             prompts = "prompt_column", "completion_column", "messages_column"
             reject_unused("--text_column names the column of plain texts", self, *prompts)
@@ -101,7 +121,10 @@ if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from kd.common.data.sources import print_notes
+from kd.common.methods import parse_method
+from kd.common.utils.errors import UserError
 from kd.nlp.data.prompts import PromptData, load_language_data
+from kd.nlp.student_model.across_vocabularies import METHODS, AcrossVocabularies
 from kd.nlp.student_model.generation import open_run
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 from kd.nlp.student_model.prompts import PromptTask
@@ -114,13 +137,18 @@ def main() -> None:
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
-    divergence_of(args.method, training.temperature)  # raises UserError for an invalid method
+    if args.across_vocabularies:
+        parse_method(args.method, METHODS, temperature=training.temperature)  # raises UserError for an invalid method
+    else:
+        divergence_of(args.method, training.temperature)  # likewise
     check_stored_logits(args, training, args.method)
     data = load_language_data(args)
     print_notes(data.name, data.notes)
     named_models = teacher, _ = load_named_models(args)
-    task = LanguageTask
+    task: type[LanguageTask] = AcrossVocabularies if args.across_vocabularies else LanguageTask
     if isinstance(data, PromptData):
+        if args.across_vocabularies:
+            raise UserError(f"--method {args.method} learns from plain texts, not from prompts: pass --text_column")
         reject_unused("the prompts of samples are those of the data", args, "prompt_length")
         data.check_template(teacher and teacher.tokenizer)
         task = PromptTask

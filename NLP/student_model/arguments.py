@@ -34,6 +34,7 @@ COLUMNS_HELP = "Label column, or several of 0 and 1 (default: inferred)."
 GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "stsb")
 SYSTEMS = {"base": "KD", "keys_carried": "keys carried", "new_keys": "new keys", "student_only": "student only"}
 SENTENCE_METHODS = ("embedding", "similarity", "rkd", "sp", "pkt")
+VOCABULARY_METHODS = ("uld", "shared_tokens")  # for a student with another vocabulary than the teacher
 DIVERGENCE_NAMES = ("kd", "reverse_kl", "js", "skew_kl", "skew_reverse_kl", "tv", "abkd")
 SEQUENCE_KD = "sequence_kd"  # value of --method of a translator that learns from the teacher's translations
 CUT = "cut"  # value of --student for a student with some of the teacher's layers

@@ -29,11 +29,16 @@ from kd.nlp.teacher_model.teacher import models_and_tokenizers
 Splits = dict[str, Dataset]
 
 
-def check_same_vocabulary(args: Any, student: Generator | None, teacher: Generator | None) -> None:
-    """Raises UserError if a named student does not have the vocabulary of a named teacher."""
+def check_same_vocabulary(
+    args: Any, student: Generator | None, teacher: Generator | None, methods: tuple[str, ...] = ()
+) -> None:
+    """Raises UserError if a named student does not have the vocabulary of a named teacher. `methods` are those of the
+    script that need no common vocabulary.
+    """
     if student and (teacher is None or not student.has_vocabulary_of(teacher)):
+        instead = "".join(f"--method {name}, " for name in methods)
         raise UserError(
-            f"student {args.student} and teacher {args.teacher} have different vocabularies: pass --student "
+            f"student {args.student} and teacher {args.teacher} have different vocabularies: pass {instead}--student "
             f"{SCRATCH} or {CUT}, or a student with the teacher's tokenizer"
         )
 
@@ -142,6 +147,10 @@ class GenerationTask(ABC):
         """The folder of --teacher_logits, if that is set."""
         return LogitStore.of(self.args, run.args, self.divergence, (run.shared or run.folder) / "teacher_logits")
 
+    def teacher_arguments(self, run: TrainerRun, teacher: PreTrainedModel) -> dict[str, Any]:
+        """The arguments of KDTrainer for the outputs of the teacher."""
+        return {"teacher": teacher}
+
     def training_rows(self, run: TrainerRun, rows: Dataset) -> Any:
         """The rows of a stage as the trainer reads them."""
         return rows
@@ -209,7 +218,7 @@ class GenerationTask(ABC):
         """
         method, collate = self.method(run.args, model, teacher), self.collator(model)
         rows = self.training_rows(run, self.splits["train"] if rows is None else rows)
-        source: dict[str, Any] = {"teacher": teacher}
+        source = {} if teacher is None else self.teacher_arguments(run, teacher)
         if teacher is not None and (store := self.logit_store(run)):
             rows = with_sample_ids(rows)
             with run.timed("teacher_outputs"):

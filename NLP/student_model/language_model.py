@@ -21,7 +21,8 @@ from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.corpora import KNOWN, Corpus, pack, stack
-from kd.nlp.student_model.arguments import CUT
+from kd.nlp.data.vocabularies import check_text_kept
+from kd.nlp.student_model.arguments import CUT, VOCABULARY_METHODS
 from kd.nlp.student_model.cards import card_of
 from kd.nlp.student_model.generation import (
     GenerationTask,
@@ -51,7 +52,12 @@ def load_named_models(args: Any) -> tuple[Generator | None, Generator | None]:
     """
     teacher = None if args.teacher == SCRATCH else load_language_model(args.teacher, args.block_size)
     student = None if args.student in (SCRATCH, CUT) else load_language_model(args.student, args.block_size)
-    check_same_vocabulary(args, student, teacher)
+    if args.across_vocabularies:
+        for name, model in ((args.teacher, teacher), (args.student, student)):
+            if model is not None:
+                check_text_kept(name, model.tokenizer)
+    else:
+        check_same_vocabulary(args, student, teacher, VOCABULARY_METHODS)
     layers = len(layer_paths(teacher.model)) if teacher else args.teacher_layers
     if args.student == CUT and args.student_layers > layers:
         raise UserError(f"--student_layers {args.student_layers} cannot be cut from the teacher's {layers}")
@@ -140,9 +146,14 @@ class LanguageTask(GenerationTask):
         return student
 
     def random_model(self, layers: int, width: int) -> PreTrainedModel:
-        args, pretrained = self.args, self.pretrained_teacher
-        vocabulary = len(self.tokenizer) if pretrained is None else pretrained.config.vocab_size
-        return random_gpt2(vocabulary, self.tokenizer.eos_token_id, layers, width, args.block_size, args.dropout)
+        args, end = self.args, self.tokenizer.eos_token_id
+        return random_gpt2(self.vocabulary, end, layers, width, args.block_size, args.dropout)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits of models with random weights."""
+        pretrained = self.pretrained_teacher
+        return len(self.tokenizer) if pretrained is None else int(pretrained.config.vocab_size)
 
     # ---- training ----
 
@@ -201,6 +212,10 @@ class LanguageTask(GenerationTask):
         """The measurement of the primary metric from the validation split's counts and most probable tokens."""
         return measure_perplexity(counts, choices)
 
+    def measurements(self, evaluations: dict[str, LanguageEvaluation]) -> dict[str, Measurement]:
+        """Those whose examples are the same, by role."""
+        return {role: evaluation.measurement for role, evaluation in evaluations.items()}
+
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:
             return str(self.args.teacher)
@@ -215,13 +230,13 @@ class LanguageTask(GenerationTask):
         `evaluations` and `models` by role: teacher, control (unless --no_control) and student.
         """
         sample = self.sample()
-        samples = {role: continuation(model, self.tokenizer, sample) for role, model in models.items()}
+        samples = {role: self.continued(role, model, sample) for role, model in models.items()}
         tokens = {split: len(label_tokens(rows)) for split, rows in self.splits.items()}
         results = self.results(
             run,
             self.data.name,
             {role: evaluation.entry for role, evaluation in evaluations.items()},
-            measurements={role: evaluation.measurement for role, evaluation in evaluations.items()},
+            measurements=self.measurements(evaluations),
             method=self.method_name + ("_hidden" if self.args.hidden_weight else ""),
             corpus={"tokens": tokens, "bytes": {split: self.size(split) for split in self.splits}},
             sample={"prompt": one_line(sample.prompt)} | samples,
@@ -246,6 +261,10 @@ class LanguageTask(GenerationTask):
         prompt = first_words(self.data, self.tokenizer, self.args.block_size)
         new = min(CONTINUATION, self.args.block_size // 2)  # the prompt must fit into the context too
         return Sample(prompt, self.tokenizer(prompt)["input_ids"], new)
+
+    def continued(self, role: str, model: PreTrainedModel, sample: Sample) -> str:
+        """The text that the model of a role generates after the prompt."""
+        return continuation(model, self.tokenizer, sample)
 
     def usage(self, sample: Sample) -> str:
         """The code of the model card."""

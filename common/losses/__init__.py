@@ -50,6 +50,7 @@ from kd.common.losses.predictions import (
     total_variation,
 )
 from kd.common.losses.sparse import sampled_kl, top_classes_kl
+from kd.common.losses.vocabularies import grouped_kl, sorted_probabilities
 
 __all__ = [
     "alpha_beta",
@@ -68,6 +69,7 @@ __all__ = [
     "feature_cosine",
     "feature_l2",
     "gaussian_kl",
+    "grouped_kl",
     "hard_targets",
     "hierarchical_l2",
     "info_nce",
@@ -90,6 +92,7 @@ __all__ = [
     "similarity_preserving",
     "skew_kl",
     "soft_target_kl",
+    "sorted_probabilities",
     "spatial_kl",
     "stage_attention",
     "standardized",

@@ -182,6 +182,20 @@ def measure_perplexity(counts: np.ndarray, choices: np.ndarray | None = None) ->
     return Measurement(score, len(counts), constant)
 
 
+def measure_bits_per_byte(counts: np.ndarray, size: int, choices: np.ndarray | None = None) -> Measurement:
+    """The bits per byte from `token_counts` (sequences, 3) of a text of `size` bytes. `choices` are the most probable
+    tokens. Sequences have the mean number of bytes per label.
+    """
+    constant = choices is not None and is_constant(choices.reshape(-1))
+    bytes_per_label = size / counts[:, 2].sum(dtype=np.float64)
+
+    def score(rows: np.ndarray) -> float:
+        nll, _, number = counts[rows].sum(axis=0, dtype=np.float64)
+        return float(nll / (math.log(2) * number * bytes_per_label))
+
+    return Measurement(score, len(counts), constant)
+
+
 def measure_token_accuracy(counts: np.ndarray, choices: np.ndarray | None = None) -> Measurement:
     """The share of correct tokens from `token_counts` (sequences, 3). `choices` are the most probable tokens."""
     constant = choices is not None and is_constant(choices)

@@ -21,6 +21,7 @@ from kd.common.training.trainer import KDTrainer
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.intents import load_intents
+from kd.nlp.data.prompt_rows import RowCollator, pack_rows, prompt_ids, row_of
 from kd.nlp.scripts.distill_gpt import Arguments as LanguageArguments
 from kd.nlp.scripts.distill_translation import Arguments as TranslationArguments
 from kd.nlp.student_model.on_policy import OnPolicyObjective, StudentSamples, check_on_policy
@@ -113,6 +114,15 @@ def test_the_prompts_of_rows_end_before_the_last_completion():
         assert [prompt.tolist() for prompt in prompts] == [[1, 2, 3, 4, 5], [8]]
     sampled = samples_of("continuations")(counting_gpt2(), batch, STEP, 0)
     assert sampled["labels"].tolist() == [[i, i, i, i, 6, 7, 8, END], [END] + 7 * [i]]
+
+
+def test_the_prompts_of_packed_rows_are_those_of_the_rows():
+    lengths = [(3, 2), (1, 4), (6, 1), (2, 2), (4, 3)]
+    rows = [row_of([(range(10, 10 + prompt), False), (range(30, 30 + answer), True)]) for prompt, answer in lengths]
+    packed = pack_rows(datasets.Dataset.from_list(rows), 10)
+    for data in (rows, list(packed)):
+        prompts = samples_of("continuations").prompts(RowCollator(0)(data))
+        assert sorted(prompt.tolist() for prompt in prompts) == sorted(map(prompt_ids, rows))
 
 
 @pytest.mark.parametrize(("token", "expected"), [(5, [5, 5, 5, 5, 5, 5]), (END, [END])])

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Tokenizer
 
 from kd.common.utils.errors import UserError
@@ -279,6 +280,29 @@ def test_a_run_reports_the_exact_match_of_greedy_answers(tmp_path, capsys):
     capsys.readouterr()
     run_readme(folder)
     assert "say" in capsys.readouterr().out
+
+
+def test_rows_are_padded_for_a_model_that_cannot_keep_them_apart(tokenizer, tmp_path):
+    """Bloom derives its positions from the attention mask."""
+    teacher, data = tmp_path / "teacher", write(tmp_path / "data", PAIRS)
+    tokenizer.save_pretrained(teacher)
+    config = BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    BloomForCausalLM(config).save_pretrained(teacher)
+    words = ["--dataset", data, "--output_dir", tmp_path / "run", "--report_to", "none", "--precision", "fp32"]
+    words += ["--teacher", teacher, "--teacher_epochs", 1, "--num_train_epochs", 1, "--block_size", 32]
+    run_script(SCRIPT, *words, "--student", "scratch", "--student_width", 32)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "padded instead of packed" in found["data_notes"]
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").eval()
+    losses = []
+    for row in token_rows(load(data), "validation", tokenizer, 32, []):  # one at a time, so without padding
+        logits = student(torch.tensor([row["input_ids"]])).logits[0]
+        losses.append(F.cross_entropy(logits, torch.tensor(row["labels"]), reduction="none"))
+    tokens = torch.cat(losses)
+    perplexity = tokens[tokens > 0].mean().exp().item()  # IGNORED labels have the loss 0
+    assert found["models"]["student"]["metrics"]["validation"]["perplexity"] == pytest.approx(perplexity, rel=1e-4)
 
 
 def test_chats_with_a_chat_model_and_without_one(chat_tokenizer, tmp_path, capsys):

@@ -1,0 +1,69 @@
+"""Losses between distributions over different vocabularies, at positions where both models predict what follows the
+same text. Logits are (positions, vocabulary), and the vocabularies may differ. Computed in fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor
+
+from kd.common.losses.shared import LOG_ZERO, kl
+
+
+def sorted_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Universal logit distillation (Boizard et al., arXiv:2402.12030): temperature * sum_i |p_(i) - q_(i)|.
+
+    p and q are the teacher's and the student's probabilities at `temperature`, each in descending order; the smaller
+    vocabulary is padded with probabilities of zero. This is the Wasserstein-1 distance if all pairs of different
+    tokens have the same cost. Averaged over positions; at most 2 * temperature. It compares the shapes of the
+    distributions alone: a permutation of either vocabulary does not change it. Raises ValueError for a temperature
+    that is not positive and for different numbers of positions.
+    """
+    _check(student_logits, teacher_logits, temperature)
+    student, teacher = (
+        F.softmax(logits.float() / temperature, dim=-1).sort(dim=-1, descending=True).values
+        for logits in (student_logits, teacher_logits.detach())
+    )
+    missing = teacher.shape[-1] - student.shape[-1]
+    student, teacher = F.pad(student, (0, max(missing, 0))), F.pad(teacher, (0, max(-missing, 0)))
+    return temperature * (student - teacher).abs().sum(dim=-1).mean()
+
+
+def grouped_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_groups: Tensor,
+    teacher_groups: Tensor,
+    number: int,
+    temperature: float = 1.0,
+) -> Tensor:
+    """temperature^2 * KL(P || Q), where P(g) and Q(g) are the probabilities of teacher and student at `temperature`
+    of all tokens of group g. Averaged over positions.
+
+    Args:
+        student_groups, teacher_groups: (vocabulary,), the group of each token, from 0 to `number`. The tokens of group
+            `number` are left out, and the probabilities of the others sum to 1. In both vocabularies, each other group
+            has a token.
+
+    With one token in each group it is `soft_target_kl`. Raises ValueError for a temperature that is not positive and
+    for different numbers of positions.
+    """
+    _check(student_logits, teacher_logits, temperature)
+    student = _group_log_probabilities(student_logits / temperature, student_groups, number)
+    teacher = _group_log_probabilities(teacher_logits.detach() / temperature, teacher_groups, number)
+    return temperature**2 * kl(teacher, student, dim=-1).mean()
+
+
+def _group_log_probabilities(logits: Tensor, groups: Tensor, number: int) -> Tensor:
+    """Logits (positions, vocabulary) -> log-probabilities (positions, number) of the groups."""
+    logits, index = logits.float(), repeat(groups, "token -> position token", position=len(logits))
+    largest = logits.new_full((len(logits), number + 1), LOG_ZERO).scatter_reduce(1, index, logits.detach(), "amax")
+    sums = torch.zeros_like(largest).scatter_add(1, index, (logits - largest.gather(1, index)).exp())
+    return F.log_softmax(sums[:, :number].log() + largest[:, :number], dim=-1)
+
+
+def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    if temperature <= 0:
+        raise ValueError(f"temperatures must be positive, got {temperature}")
+    if len(student_logits) != len(teacher_logits):
+        raise ValueError(f"numbers of positions differ: {len(student_logits)} and {len(teacher_logits)}")
