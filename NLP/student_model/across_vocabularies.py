@@ -170,7 +170,8 @@ class AcrossVocabularies(LanguageTask):
     def continued(self, role: str, model: PreTrainedModel, sample: Sample) -> str:
         if role != "teacher":
             return super().continued(role, model, sample)
-        ids = self.teacher_task.tokenizer(sample.prompt)["input_ids"]
+        fits = self.args.block_size - sample.new  # the teacher may need more tokens than the student
+        ids = self.teacher_task.tokenizer(sample.prompt)["input_ids"][-fits:]
         return self.teacher_task.continued(role, model, sample._replace(ids=ids))
 
     def headline(self, vocabulary: int) -> dict[str, Any]:
