@@ -329,8 +329,8 @@ def types_of(recipe: Path) -> list[type[Any]]:
             images.DataArguments,
             images.ImageTrainingArguments,
         ]
-    if recipe.stem in ("gpt", "mlm", "sentence_encoder", "translation", "multi30k"):
-        name = "translation" if recipe.stem == "multi30k" else recipe.stem
+    if recipe.stem in ("gpt", "answers", "mlm", "sentence_encoder", "translation", "multi30k"):
+        name = {"multi30k": "translation", "answers": "gpt"}.get(recipe.stem, recipe.stem)
         return list(importlib.import_module(f"kd.nlp.scripts.distill_{name}").ARGUMENTS)
     if recipe.stem == "search":
         return [texts.TextArguments, KDTrainingArguments]

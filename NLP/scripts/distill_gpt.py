@@ -49,7 +49,7 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
         default=None, metadata={"help": "Maximum number of training documents or rows, or lines of a .txt file."}
     )
     max_eval_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of documents, rows or lines in each of the other splits."}
+        default=None, metadata={"help": "Maximum number of documents or rows in each other split."}
     )
     block_size: Annotated[int, Range(2, MOST)] = field(
         default=128, metadata={"help": "Number of tokens in a training block."}
