@@ -353,7 +353,7 @@ def test_a_named_student_two_seeds_accumulation_and_a_short_context(folder: Path
     assert found["seeds"] == [0, 1] and found["verdict"]["control"]["seeds"] == 2
     short = distill(folder, tmp_path / "short", "--teacher", named, "--teacher_epochs", "0", "--student", "scratch",
                     "--student_width", 32, "--student_vocabulary_size", 600, "--method", "uld")  # fmt: skip
-    assert "the teacher reads at most 16 tokens" in short["data"]["notes"]
+    assert "the teacher reads at most 16 tokens" in short["data_notes"]
 
 
 @pytest.mark.parametrize(
