@@ -144,7 +144,9 @@ class GenerationTask(ABC):
         return {}
 
     def logit_store(self, run: TrainerRun) -> LogitStore | None:
-        """The folder of --teacher_logits, if that is set."""
+        """The folder of --teacher_logits, if the script has that flag and it is set."""
+        if getattr(self.args, "teacher_logits", None) is None:
+            return None
         return LogitStore.of(self.args, run.args, self.divergence, (run.shared or run.folder) / "teacher_logits")
 
     def teacher_arguments(self, run: TrainerRun, teacher: PreTrainedModel) -> dict[str, Any]:
