@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t
 
 from kd.common.cli import Parser, run
+from kd.common.metrics.verdict import verdict_of_gains
 from kd.common.reporting.results import RECIPE, RESULTS
-from kd.common.reporting.tables import markdown
+from kd.common.reporting.tables import gain_with_interval, markdown
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json
 
@@ -97,24 +97,15 @@ def table(runs: dict[str, list[Results]], best: str, ratio: float) -> tuple[list
     rows = [row(role, control, role, control, seconds(control, role)) for role in ("teacher", "control")]
     rows += [row(name, runs[name], "student", control, seconds(runs[name], "student")) for name in METHODS]
     title = f"control, {ratio:.2f} times the epochs ({best})"
-    return head, [
-        *rows,
-        row(title, runs[SAME_TIME], "student", control, ratio * time),
-    ]  # its run calls the teacher too
+    # The time is computed, because the run with alpha 1 calls the teacher too.
+    return head, [*rows, row(title, runs[SAME_TIME], "student", control, ratio * time)]
 
 
 def row(title: str, runs: list[Results], role: str, control: list[Results], time: float) -> list[str]:
     scores = [bleu(runs, role, split, beam) for split in ("validation", "test") for beam in ("", "_beam")]
-    gain = interval(bleu(runs, role) - bleu(control, "control"))
+    gains = bleu(runs, role) - bleu(control, "control")
+    gain = gain_with_interval(verdict_of_gains(gains.tolist()), decimals=2)
     return [title, *(f"{score.mean():.2f}" for score in scores), gain, f"{time:.0f}"]
-
-
-def interval(gains: np.ndarray) -> str:
-    """Mean of paired gains, with the 95 % interval of a t distribution if there are several."""
-    if len(gains) < 2:
-        return f"{gains.mean():.2f}"
-    half = t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5
-    return f"{gains.mean():.2f} ({gains.mean() - half:.2f} to {gains.mean() + half:.2f})"
 
 
 if __name__ == "__main__":

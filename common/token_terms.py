@@ -95,7 +95,7 @@ def token_sums(terms: Sequence[TokenTerm], student: Outputs, teacher: Outputs | 
 
     def sums(logits: Tensor, rows: Tensor) -> Tensor:
         logits = logits.float()  # before the losses, so that their gradients add up in fp32
-        each = [term.loss(logits, *(t[rows] for t in own)) for term, own in zip(terms, inputs, strict=True)]
+        each = [term.loss(logits, *(t[rows] for t in others)) for term, others in zip(terms, inputs, strict=True)]
         return (weights[:, rows] * torch.stack(each)).sum(dim=1)
 
     return sum_over_rows(sums, logits, weights.any(dim=0).nonzero().flatten())

@@ -93,7 +93,7 @@ def encode(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase, is_chat:
         encoded[0] = tokenizer(texts[0], return_attention_mask=False, verbose=False)["input_ids"]
         if len(encoded[0]) > 1 and encoded[0][-1] == end and not texts[0].endswith(str(tokenizer.eos_token)):
             encoded[0].pop()  # of a tokenizer that ends each text
-    if encoded[-1][-1:] == [] or encoded[-1][-1] not in special:
+    if not encoded[-1] or encoded[-1][-1] not in special:
         encoded[-1].append(end)
     return row_of((ids, piece.is_completion) for ids, piece in zip(encoded, pieces, strict=True))
 

@@ -143,9 +143,14 @@ class GenerationTask(ABC):
         """Training arguments of all stages."""
         return {}
 
+    @property
+    def stored_form(self) -> str | None:
+        """--teacher_logits; None for a script without that flag."""
+        return getattr(self.args, "teacher_logits", None)
+
     def logit_store(self, run: TrainerRun) -> LogitStore | None:
-        """The folder of --teacher_logits, if the script has that flag and it is set."""
-        if getattr(self.args, "teacher_logits", None) is None:
+        """The folder of --teacher_logits, if that is set."""
+        if self.stored_form is None:
             return None
         return LogitStore.of(self.args, run.args, self.divergence, (run.shared or run.folder) / "teacher_logits")
 
@@ -160,9 +165,9 @@ class GenerationTask(ABC):
     @property
     def method_name(self) -> str:
         """The name of the method in reports."""
-        share, stored = self.args.on_policy_share, getattr(self.args, "teacher_logits", None)
+        share, form = self.args.on_policy_share, self.stored_form
         name = f"{self.args.method}_on_policy_{share:g}" if share else str(self.args.method)
-        return f"{name}, {stored}" if stored else name
+        return f"{name}, {form}" if form else name
 
     # ---- stages ----
 

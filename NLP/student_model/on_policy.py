@@ -143,13 +143,13 @@ class StudentSamples:
         """The settings of sampling: those that define the student's sequences, and none that changes its distribution
         except the temperature and top-p.
         """
-        own, end = student.generation_config, self.tokenizer.eos_token_id
-        others = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        config, end = student.generation_config, self.tokenizer.eos_token_id
+        others = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         ends = sorted({end, *(other for other in others if other is not None)})
         return GenerationConfig(
-            **{name: getattr(own, name, None) for name in KEPT_SETTINGS},
+            **{name: getattr(config, name, None) for name in KEPT_SETTINGS},
             eos_token_id=ends,
-            pad_token_id=end if own.pad_token_id is None else own.pad_token_id,
+            pad_token_id=end if config.pad_token_id is None else config.pad_token_id,
             do_sample=True,
             temperature=self.args.sampling_temperature,
             top_p=self.args.top_p,
@@ -160,7 +160,7 @@ class StudentSamples:
     @contextmanager
     def sampling(self, student: PreTrainedModel, seed: int) -> Iterator[None]:
         """Sets eval mode, the settings of sampling and the seed, and restores what was set before."""
-        own, was_training = student.generation_config, student.training
+        config, was_training = student.generation_config, student.training
         devices = [student.device] if student.device.type == "cuda" else []
         student.generation_config = self.settings(student)
         student.eval()
@@ -169,7 +169,7 @@ class StudentSamples:
                 torch.manual_seed(seed)
                 yield
         finally:
-            student.generation_config = own
+            student.generation_config = config
             student.train(was_training)
 
 

@@ -68,12 +68,10 @@ class LogitStore:
     precision: str
 
     @classmethod
-    def of(cls, args: Any, training: KDTrainingArguments, divergence: str, folder: Path) -> "LogitStore | None":
-        """The folder of --teacher_logits_folder, by default `folder`; None without --teacher_logits. `divergence` is
-        the forward one, as `divergence_of` takes it. Raises UserError for an invalid form.
+    def of(cls, args: Any, training: KDTrainingArguments, divergence: str, folder: Path) -> "LogitStore":
+        """The folder of --teacher_logits_folder, by default `folder`. `divergence` is the forward one, as
+        `divergence_of` takes it. Raises UserError for an invalid form.
         """
-        if getattr(args, "teacher_logits", None) is None:  # distill_mlm.py lacks the flag
-            return None
         form, folder = form_of(args.teacher_logits), Path(args.teacher_logits_folder or folder)
         return cls(folder, form, temperature_of(divergence, training.temperature), training.precision)
 
@@ -180,8 +178,10 @@ class LogitStore:
 
 def check_stored_logits(args: Any, training: KDTrainingArguments, divergence: str) -> None:
     """Raises UserError for an invalid --teacher_logits, or a --teacher_logits_folder of another form."""
+    if args.teacher_logits is None:
+        return
     store = LogitStore.of(args, training, divergence, Path())
-    if store is not None and args.teacher_logits_folder is not None:
+    if args.teacher_logits_folder is not None:
         store.check()
 
 

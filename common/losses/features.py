@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from kd.common.losses.shared import einsum, kl, product, same_shape, unit, weighted_mean
+from kd.common.losses.shared import einsum, kl, positive_temperature, product, same_shape, unit, weighted_mean
 
 LEAST_DEVIATION = 1e-30
 COARSE_SIZES = (4, 2, 1)
@@ -119,8 +119,7 @@ def spatial_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, tem
 
 
 def _softmax_kl(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be positive, got {temperature}")
+    positive_temperature(temperature)
     log_student = F.log_softmax(student.float() / temperature, dim=dim)
     log_teacher = F.log_softmax(teacher.detach().float() / temperature, dim=dim)
     return temperature**2 * kl(log_teacher, log_student, dim)
@@ -328,8 +327,7 @@ def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     positive and for shapes that differ.
     """
     same_shape(first, second)
-    if temperature <= 0:
-        raise ValueError(f"the temperature must be positive, got {temperature}")
+    positive_temperature(temperature)
     similarities = product(unit(first.float()), rearrange(unit(second.float()), "j width -> width j")) / temperature
     return F.cross_entropy(similarities, torch.arange(len(first), device=first.device))
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from kd.common.losses.shared import kl, same_shape, weighted_mean
+from kd.common.losses.shared import kl, positive_temperature, same_shape, weighted_mean
 
 Reduction = Literal["mean", "none"]
 
@@ -153,9 +153,7 @@ def _log_probabilities(
     and for shapes that differ.
     """
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    # Tensors are not checked: reading a value would wait for the device.
-    if any(t <= 0 for t in (temperature, teacher_temperature) if not isinstance(t, Tensor)):
-        raise ValueError(f"temperatures must be positive, got {temperature} and {teacher_temperature}")
+    positive_temperature(temperature, teacher_temperature)
     same_shape(student_logits, teacher_logits)
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / teacher_temperature, dim=-1)
@@ -210,8 +208,7 @@ def binary_soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, temper
     has no temperature; T and T^2 are Hinton's (arXiv:1503.02531). It is `soft_target_kl` of the logits (0, z) of each
     label. Raises ValueError for a temperature that is not positive and for shapes that differ.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperatures must be positive, got {temperature}")
+    positive_temperature(temperature)
     same_shape(student_logits, teacher_logits)
     student, teacher = (
         _both_outcomes(student_logits / temperature),

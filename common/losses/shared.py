@@ -46,6 +46,14 @@ def unit(vectors: Tensor) -> Tensor:
     return torch.where(lengths > 0, vectors / lengths.clamp(min=torch.finfo(torch.float32).tiny), 0.0)
 
 
+def positive_temperature(*temperatures: float | Tensor) -> None:
+    """Raises ValueError for a temperature that is not positive. Tensors are not checked, because reading a value would
+    wait for the device.
+    """
+    if any(t <= 0 for t in temperatures if not isinstance(t, Tensor)):
+        raise ValueError(f"temperatures must be positive, got {' and '.join(map(str, temperatures))}")
+
+
 def same_shape(first: Tensor, second: Tensor) -> None:
     """Raises ValueError for shapes that differ, which would broadcast."""
     if first.shape != second.shape:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kd.common.losses.predictions import Reduction
-from kd.common.losses.shared import LOG_ZERO
+from kd.common.losses.shared import LOG_ZERO, positive_temperature
 
 
 def top_classes_kl(
@@ -63,8 +63,7 @@ def sampled_kl(
 
 
 def _check(logits: Tensor, classes: Tensor, values: Tensor, temperature: float, others: int = 0) -> None:
-    if temperature <= 0:
-        raise ValueError(f"temperatures must be positive, got {temperature}")
+    positive_temperature(temperature)
     rows, number = classes.shape
     if len(logits) != rows or values.shape != (rows, number + others):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (logits, classes, values))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from kd.common.losses.shared import LOG_ZERO, kl
+from kd.common.losses.shared import LOG_ZERO, kl, positive_temperature
 
 
 def sorted_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -63,7 +63,6 @@ def _group_log_probabilities(logits: Tensor, groups: Tensor, number: int) -> Ten
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
-    if temperature <= 0:
-        raise ValueError(f"temperatures must be positive, got {temperature}")
+    positive_temperature(temperature)
     if len(student_logits) != len(teacher_logits):
         raise ValueError(f"numbers of positions differ: {len(student_logits)} and {len(teacher_logits)}")

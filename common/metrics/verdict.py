@@ -70,6 +70,11 @@ def verdict_over_seeds(verdicts: Sequence[Verdict]) -> Verdict:
     return _verdict(mean, [mean - half, mean + half], method, len(gains)) | {"deviation": deviation}
 
 
+def verdict_of_gains(gains: Sequence[float]) -> Verdict:
+    """The verdict of the gains of several runs, whose intervals over the evaluation examples are not known."""
+    return verdict_over_seeds([_verdict(gain, None, OVER_SEEDS, 1) for gain in gains])
+
+
 def _verdict(gain: float, interval: list[float] | None, method: str, seeds: int) -> Verdict:
     return {
         "gain": float(gain),

@@ -79,6 +79,13 @@ def percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.1 else f"{100 * share:.2g}%"
 
 
+def gain_with_interval(verdict: dict[str, Any], decimals: int = 4) -> str:
+    """The gain of a verdict with its interval, if it has one: 0.0223 (-0.0131 to 0.0577)."""
+    numbers = [verdict["gain"], *(verdict["interval"] or ())]
+    gain, *bounds = (f"{value:.{decimals}f}" for value in numbers)
+    return f"{gain} ({' to '.join(bounds)})" if bounds else gain
+
+
 def mean_and_deviation(values: list[float], seeds: int | None = None) -> str:
     """mean ± sample standard deviation (n - 1), and the number of values if it differs from `seeds`."""
     if not values:

@@ -100,7 +100,8 @@ class KDTrainer(CheckpointTrainer):
         self.teacher_outputs, self.teacher_views = teacher_outputs, teacher_views
         self.not_for_student, self.replace_batch = frozenset(not_for_student), replace_batch
         self._hooks = FeatureHooks(self.model, features or {})
-        self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=self.args.device))  # sum, weight
+        self._parts: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._part_weights: dict[str, Any] = defaultdict(float)  # not all batches have the same parts
         self._divergence = DivergenceMonitor(
             list(objective.objectives) if isinstance(objective, SideBySideObjective) else ()
         )
@@ -166,7 +167,8 @@ class KDTrainer(CheckpointTrainer):
         logged = {f"loss_{name}": part.detach() for name, part in parts.items()}
         logged |= self.objective.watch(student, teacher, labels)
         for name, value in logged.items():
-            self._parts[name] += share * torch.stack([value, torch.ones_like(value)])  # one per optimizer step
+            self._parts[name] += value * share
+            self._part_weights[name] += share  # one per optimizer step
         return (loss, {"logits": student.logits}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
@@ -237,12 +239,14 @@ class KDTrainer(CheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
-            totals = torch.stack(list(self._parts.values()))
+            weights = [torch.as_tensor(self._part_weights[name], device=self.args.device) for name in self._parts]
+            totals = torch.stack([torch.stack(list(self._parts.values())), torch.stack(weights)])
             if self.args.world_size > 1:
                 totals = self.accelerator.reduce(totals, "mean")
-            means = {name: (t[0] / t[1]).item() for name, t in zip(self._parts, totals, strict=True)}
+            means = dict(zip(self._parts, (totals[0] / totals[1]).tolist(), strict=True))
             logs |= {name: mean for name, mean in means.items() if math.isfinite(mean)}  # no diverged students
             self._parts.clear()
+            self._part_weights.clear()
         super().log(logs, start_time)
 
     # ---- evaluation ----

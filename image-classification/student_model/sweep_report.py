@@ -11,10 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kd.common.metrics.verdict import OVER_EXAMPLES, OVER_SEEDS, verdict_over_seeds
+from kd.common.metrics.verdict import OVER_EXAMPLES, OVER_SEEDS, verdict_of_gains, verdict_over_seeds
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
 from kd.common.reporting.results import RESULTS
-from kd.common.reporting.tables import markdown, mean_and_deviation, number, print_rich, words
+from kd.common.reporting.tables import gain_with_interval, markdown, mean_and_deviation, number, print_rich, words
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import read_json, write_text
 from kd.image_classification.student_model.sweep import DIVERGED, Student
@@ -117,9 +117,7 @@ def _gain(
     if other is None or any((other, seed) not in metrics for seed in seeds):
         return None
     gains = [metrics[student, seed]["accuracy"] - metrics[other, seed]["accuracy"] for seed in seeds]
-    verdict = verdict_over_seeds([{"gain": gain, "interval": None} for gain in gains])
-    interval = "" if verdict["interval"] is None else " ({:.4f} to {:.4f})".format(*verdict["interval"])
-    return f"{verdict['gain']:.4f}{interval}"
+    return gain_with_interval(verdict_of_gains(gains))
 
 
 def compare_students(results: dict[tuple[Student, int], dict[str, Any]], split: str) -> list[str]:
@@ -151,7 +149,7 @@ def _compared_with_best(runs: dict[str, list[dict[str, Any]]], split: str) -> st
 
     def is_like_best(name: str) -> bool:
         gains = [one - other for one, other in zip(scores[best], scores[name], strict=True)]
-        return verdict_over_seeds([{"gain": gain, "interval": None} for gain in gains])["word"] != "better"
+        return verdict_of_gains(gains)["word"] != "better"
 
     like_best = [name for name in scores if name != best and is_like_best(name)]
     return f"No difference shown to the best, {best}: {', '.join(like_best) or 'none'}."

@@ -38,9 +38,9 @@ KINDS = ["continuations", "translations"]
 
 
 def samples_of(kind: str, share: float = 1.0, **flags: Any) -> StudentSamples:
-    own: dict[str, Any] = {"block_size": 8, "prompt_length": 3} if kind == KINDS[0] else {"max_length": 6}
+    base: dict[str, Any] = {"block_size": 8, "prompt_length": 3} if kind == KINDS[0] else {"max_length": 6}
     create: Any = LanguageArguments if kind == KINDS[0] else TranslationArguments
-    args = create(on_policy_share=share, **(own | flags))
+    args = create(on_policy_share=share, **(base | flags))
     return StudentSamples(args, SimpleNamespace(eos_token_id=END), seed=0)  # type: ignore[arg-type]
 
 
@@ -130,11 +130,11 @@ def test_translations_come_from_the_student_and_end_where_it_ends_them(token, ex
     student = network("translations")
     student.final_logits_bias[0, token] = 1e4  # certain
     student.generation_config.update(num_beams=4, repetition_penalty=1e9, min_length=4)  # not those of samples
-    own = student.generation_config
+    config = student.generation_config
     batch = samples_of("translations")(student.train(), batch_of(rows_of("translations", 2)), STEP, 0)
     assert batch["labels"].tolist() == [expected, expected]
     assert batch["decoder_input_ids"].tolist() == 2 * [[0, *expected[:-1]]]
-    assert student.training and student.generation_config is own
+    assert student.training and student.generation_config is config
 
 
 def test_tokens_after_the_end_have_no_label():

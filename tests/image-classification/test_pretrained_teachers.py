@@ -83,7 +83,7 @@ def test_a_damaged_or_unknown_teacher_is_refused(trained: Path, weights: Path) -
         pretrained_folder("pretrained:small")
 
 
-@pytest.mark.parametrize("name", pretrained_names() or [pytest.param("", marks=pytest.mark.skip("none is stored"))])
+@pytest.mark.parametrize("name", sorted({"resnet56_cifar100", *pretrained_names()}))
 def test_the_teachers_of_the_repository_are_complete_and_small(name: str) -> None:
     folder = pretrained_folder(f"pretrained:{name}")
     model = ImageClassifier.from_pretrained(folder)
