@@ -83,6 +83,15 @@ class CodeDataset(torch.utils.data.Dataset):
         return batch
 
 
+def add_samples(bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset, batch_size: int = 4096) -> None:
+    """Adds samples with labels to the counted values of a bottleneck."""
+    for rows in torch.arange(len(samples)).split(batch_size):
+        batch = samples.__getitems__(rows.tolist())
+        inputs = (batch[name].to(bottleneck.keys.device) for name in ("codes", "labels"))
+        mask = batch.get("attention_mask")
+        bottleneck.add(*inputs, mask if mask is None else mask.to(bottleneck.keys.device))
+
+
 @dataclass(frozen=True)
 class Samples:
     """The rows of a split as a dataset for the encoder, and their labels and sample ids (samples,)."""
@@ -150,7 +159,7 @@ def train_bottleneck(
     batch_size: int = 64,
     **trainer: Any,
 ) -> Any:
-    """Sets the keys, then (unless they are `reused`) trains the values on cached codes.
+    """Sets the keys, then (unless they are `reused`) trains the values on cached codes, or counts the labels of `train`.
 
     Args:
         model: a PreTrainedModel with `embed(**inputs)`, an untrained `bottleneck`, and a forward that accepts `codes`.
@@ -162,7 +171,8 @@ def train_bottleneck(
     """
     model.to(best_device())
     bottleneck: DiscreteKeyValueBottleneck = model.bottleneck
-    precision = run.args.precision
+    counted = bottleneck.label_counts is not None
+    precision = "fp32" if counted else run.args.precision  # an example is forgotten by its codes, without rounding
     key_rows = train.rows if key_rows is None else key_rows
     embeddings = embed_samples(model, key_rows, train.collate, precision, batch_size)
     vectors = pack(embeddings, "* d")[0].to(model.device)
@@ -175,6 +185,9 @@ def train_bottleneck(
         codes = encode_samples(model, train.rows, train.collate, precision, batch_size)
 
     train_dataset, eval_dataset = CodeDataset(codes, train.labels, train.sample_ids), None
+    if counted:
+        add_samples(bottleneck, train_dataset)
+        return model
     if validation is not None:
         codes = encode_samples(model, validation.rows, validation.collate, precision, batch_size)
         eval_dataset = CodeDataset(codes, validation.labels, validation.sample_ids)

@@ -7,7 +7,7 @@ keys are carried from the teacher, fitted to its embeddings (`new`) or random, a
 `--keys reused` takes both. The control has new keys and no teacher.
 """
 
-from kd.common.cli import parse, reject_unused, run, show_help
+from kd.common.cli import parse, run, show_help
 from kd.image_classification.student_model.arguments import (
     BottleneckTrainingArguments,
     ImageBottleneckArguments,
@@ -34,8 +34,7 @@ from kd.image_classification.student_model.simkd import simkd, simkd_student
 def main() -> None:
     bottleneck, pair, matching, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
-    if bottleneck.keys == "reused":
-        reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
+    bottleneck.check_training(training)
     data, factor = data_args.load(), matching.projector_factor
     encoder, data, pretrained, known = pair.load_teacher(data, training)
     student = simkd_student(pair.student, encoder, data, factor)  # raises UserError if they do not fit
