@@ -268,7 +268,7 @@ class BottleneckArguments(CodebookArguments):
     decoder: Literal["linear", "mean"] = field(default="linear", metadata={"help": "Map from values to logits."})
     value_dim: Count = field(default=16, metadata={"help": "Width of a value under --decoder linear."})
     values: Literal["trained", "counted"] = field(
-        default="trained", metadata={"help": "Values trained by gradients, or counts of labels that can be forgotten."}
+        default="trained", metadata={"help": "Trained, or counts of labels."}
     )
     value_epochs: Positive = field(default=10, metadata={"help": "Epochs of training the values on cached codes."})
     value_batch_size: Count = field(default=256, metadata={"help": "Samples per training step of the values."})
