@@ -13,7 +13,7 @@ ROWS = 4096  # examples per step
 
 
 def count_labels(codes: Tensor, labels: Tensor, like: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Counts (C, K, classes), of the shape and type of `like`, of the examples with codes (rows, C) and labels (rows,).
+    """Counts (C, K, classes), of the shape and type of `like`, of examples with codes (rows, C) and labels (rows,).
 
     Codes may be (rows, positions, C); each position that `mask` (rows, positions) keeps is then counted. Raises
     ValueError for labels or codes that are out of range, and for another number of codebooks or labels.

@@ -6,7 +6,7 @@ frozen. An input is then represented by C integers, its *codes*, and training up
 values need no training: they follow from counts of the labels at each key, so examples can be added and forgotten.
 
 Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240). Keys by k-means and by the exponential
-moving average of van den Oord et al. (arXiv:1711.00937, appendix A.1). Forgetting with trained values: Shah et al., "Low
+moving average of van den Oord et al. (arXiv:1711.00937, appendix A.1). Forgetting in a bottleneck: Shah et al., "Low
 Compute Unlearning via Sparse Representations", TMLR 2025 (arXiv:2311.15268).
 """
 
@@ -56,8 +56,8 @@ class DiscreteKeyValueBottleneck(nn.Module):
             `forget` change. Counted values need the mean decoder and classes.
 
     Buffers (all saved): keys (C, K, key_dim), key_sums (same shape) and key_counts (C, K), the moving averages whose
-    ratio is the keys, frozen, projection (C, dim, key_dim) under that split, and label_counts (C, K, num_outputs) int32
-    of counted values. Parameters: values (C, K, value_dim) and those of the linear decoder.
+    ratio is the keys, frozen, projection (C, dim, key_dim) under that split, and label_counts (C, K, num_outputs), the
+    int32 counts of counted values. Parameters: values (C, K, value_dim) and those of the linear decoder.
     """
 
     def __init__(

@@ -85,11 +85,10 @@ class CodeDataset(torch.utils.data.Dataset):
 
 def add_samples(bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset, batch_size: int = 4096) -> None:
     """Adds samples with labels to the counted values of a bottleneck."""
+    device = bottleneck.keys.device
     for rows in torch.arange(len(samples)).split(batch_size):
-        batch = samples.__getitems__(rows.tolist())
-        inputs = (batch[name].to(bottleneck.keys.device) for name in ("codes", "labels"))
-        mask = batch.get("attention_mask")
-        bottleneck.add(*inputs, mask if mask is None else mask.to(bottleneck.keys.device))
+        batch = {name: part.to(device) for name, part in samples.__getitems__(rows.tolist()).items()}
+        bottleneck.add(batch["codes"], batch["labels"], batch.get("attention_mask"))
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def train_bottleneck(
     batch_size: int = 64,
     **trainer: Any,
 ) -> Any:
-    """Sets the keys, then (unless they are `reused`) trains the values on cached codes, or counts the labels of `train`.
+    """Sets the keys, then (unless they are `reused`) trains the values on cached codes, or counts labels at each key.
 
     Args:
         model: a PreTrainedModel with `embed(**inputs)`, an untrained `bottleneck`, and a forward that accepts `codes`.

@@ -282,7 +282,7 @@ class BottleneckArguments(CodebookArguments):
             reject_unused("--values counted counts labels in one pass", self, "value_epochs", "value_batch_size")
 
     def check_training(self, training: KDTrainingArguments) -> None:
-        """Raises UserError for a flag of `training` without effect, because no gradient trains the student's values."""
+        """Raises UserError for a flag of `training` without effect, because nothing trains the student's values."""
         if self.keys == "reused":
             reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
         if self.values == "counted":

@@ -2,8 +2,8 @@
 
     python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10
 
-The student's maps match the teacher's as in SimKD. Its keys are carried, fitted (`new`) or random; `--keys reused` takes
-the teacher's values too. The control has new keys and no teacher.
+The student's maps match the teacher's as in SimKD. Its keys are carried, fitted (`new`) or random; `--keys reused`
+takes the teacher's values too. The control has new keys and no teacher.
 """
 
 from kd.common.cli import parse, run, show_help

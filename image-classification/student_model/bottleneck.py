@@ -58,7 +58,7 @@ def replace_head(
     """Replaces the head of a frozen classifier by a bottleneck and trains it, or loads the stage if it is finished.
 
     Keys are fitted without labels. Unless they are `reused`, the values are then trained on the labels and on the soft
-    targets of a `teacher`, or counted from the labels. Carried and reused keys come from the bottleneck of the `teacher`.
+    targets of a `teacher`, or count the labels. Carried and reused keys come from the bottleneck of the `teacher`.
     """
     args = run.args
 
