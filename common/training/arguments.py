@@ -205,6 +205,13 @@ def add_evaluation_arguments(parser: Parser, model: str, predictions: str) -> No
     parser.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
 
 
+def add_forget_arguments(parser: Parser, samples: str) -> None:
+    """Adds the arguments of the scripts that forget, except --examples, the file of `samples` (texts or images)."""
+    parser.add_argument("model", help="A run (its student), or the folder of a student with a bottleneck.")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help=f"Classes to forget, instead of {samples}.")
+    parser.add_argument("--output_dir", required=True, metavar="FOLDER", help="New folder for the changed student.")
+
+
 def ensemble_weights() -> Any:
     """The field of the weights of several teachers. `check_ensemble_weights` checks their number."""
     return field(default=None, metadata={"help": "Weights of --teacher and of these teachers (default: equal)."})
