@@ -121,7 +121,7 @@ if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from kd.common.data.sources import print_notes
-from kd.common.methods import parse_method
+from kd.common.methods import check_name, parse_method
 from kd.common.utils.errors import UserError
 from kd.nlp.data.prompts import PromptData, load_language_data
 from kd.nlp.student_model.across_vocabularies import METHODS, AcrossVocabularies
@@ -137,6 +137,7 @@ def main() -> None:
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
+    check_name(args.method, (*DIVERGENCE_NAMES, *VOCABULARY_METHODS))
     if args.across_vocabularies:
         parse_method(args.method, METHODS, temperature=training.temperature)  # raises UserError for an invalid method
     else:

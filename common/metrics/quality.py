@@ -166,8 +166,8 @@ def regression_metrics(predictions: np.ndarray, targets: np.ndarray) -> dict[str
 
 def token_counts(logits: Tensor, labels: Tensor) -> Tensor:
     """Reduces logits (batch, positions, vocabulary), which are too large to store, to counts (batch, 3) for
-    `token_metrics`: the sum of the negative log-likelihoods, the number of correct tokens and the number of labels that
-    are not IGNORED. Computed in chunks of positions, as losses are.
+    `token_metrics`: the sum of the negative log-likelihoods, the number of correct tokens and the number of labels
+    that are not IGNORED. Computed in chunks of positions, as losses are.
     """
     targets = labels.flatten()
 

@@ -440,7 +440,10 @@ def test_a_named_teacher_without_epochs_and_a_named_student(texts, gpt2, tmp_pat
         (["--method", "js:beta=1"], "beta must be above 0 and below 1"),
         (["--method", "abkd:alpha=0:beta=0"], "abkd needs alpha or beta above 0"),
         (["--teacher_epochs", "0"], "untrained"),
-        (["--method", "sideways"], "no method 'sideways'"),
+        (
+            ["--method", "sideways"],
+            f"no method 'sideways', only {', '.join([*DIVERGENCE_NAMES, 'uld', 'shared_tokens'])}",
+        ),
         (["--student", "scratch", "--student_layers", "4", "--hidden_weight", "1"], "has 4 layers to match"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
     ],

@@ -311,9 +311,7 @@ def test_chunks_have_the_value_and_the_gradient_of_all_positions_at_once(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_without_aligned_positions_has_no_loss_and_no_gradient(
-    across: Any, learned: Any, method: str
-) -> None:
+def test_a_batch_without_aligned_positions_has_no_loss_and_no_gradient(across: Any, learned: Any, method: str) -> None:
     groups = token_groups(learned[1], learned[0], (290, 330))
     divergence = METHODS[method] if method == "uld" else partial(METHODS[method], groups=groups)
     logits, labels = torch.randn(2, 12, 290, requires_grad=True), torch.full((2, 12), IGNORED)
