@@ -37,6 +37,9 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
             "or JSON files."
         },
     )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Other texts, named likewise or a .txt file, for evaluating all models too."}
+    )
     text_column: str | None = field(default=None, metadata={"help": "Column of the texts (default: inferred)."})
     prompt_column: str | None = field(default=None, metadata={"help": "Column of prompts (default: prompt)."})
     completion_column: str | None = field(
@@ -151,6 +154,7 @@ def main() -> None:
         if args.across_vocabularies:
             raise UserError(f"--method {args.method} learns from plain texts, not from prompts: pass --text_column")
         reject_unused("the prompts of samples are those of the data", args, "prompt_length")
+        reject_unused("models of prompts are not evaluated on plain texts", args, "eval_dataset")
         data.check_template(teacher and teacher.tokenizer)
         task = PromptTask
     run = open_run(training, args, data, *named_models)
