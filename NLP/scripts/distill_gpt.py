@@ -38,7 +38,7 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
         },
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Other texts, named likewise or a .txt file, for evaluating all models too."}
+        default=None, metadata={"help": "Further texts to evaluate on: as --dataset, or a .txt file."}
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the texts (default: inferred)."})
     prompt_column: str | None = field(default=None, metadata={"help": "Column of prompts (default: prompt)."})
@@ -49,7 +49,7 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
         default=None, metadata={"help": "Column of chats, lists of role and content (default: messages)."}
     )
     max_train_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of training documents or rows, or lines of a .txt file."}
+        default=None, metadata={"help": "Maximum number of training documents, rows or .txt lines."}
     )
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "Maximum number of documents or rows in each other split."}
