@@ -54,7 +54,8 @@ def write_sweep_report(folder: Path, students: list[Student], seeds: list[int]) 
         notes.append(f"Diverged (the loss is not finite) and left out: {named}.")
     sections = [markdown(header, cells)]
     if "test" in teacher["metrics"]:
-        sections += [f"On test, with 95% intervals ({OVER_SEEDS}):", markdown(*test_table(results))]
+        intervals = f", with 95% intervals ({OVER_SEEDS})" if len(seeds) > 1 else ""
+        sections += [f"On test{intervals}:", markdown(*table_on_test(results))]
     write_text(folder / "sweep.md", "\n\n".join([*sections, *notes]) + "\n")
     plot(folder / "sweep.png", rows, split, teacher["metrics"][split]["accuracy"])
     below = "\n".join([*notes, str(folder / "sweep.md"), str(folder / "sweep.png")])
@@ -92,7 +93,7 @@ def table(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return ["student", "learning rate", "seeds", *means, *sizes, "seconds"], cells
 
 
-def test_table(results: dict[tuple[Student, int], dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table_on_test(results: dict[tuple[Student, int], dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A row per student: test accuracy, its gain over the control and over plain KD, agreement and calibration."""
     metrics = {key: found["models"]["student"]["metrics"]["test"] for key, found in results.items()}
     students = list(dict.fromkeys(student for student, _ in results))
@@ -102,8 +103,11 @@ def test_table(results: dict[tuple[Student, int], dict[str, Any]]) -> tuple[list
         seeds = [seed for one, seed in results if one == student]
         same_rate = [one for one in kd if one.learning_rate == student.learning_rate and not student.is_control]
         others = [student.control, next(iter(same_rate), None)]
-        columns = [[metrics[student, seed][name] for seed in seeds] for name in ("accuracy", "agreement", "ece")]
-        accuracy, *rest = map(mean_and_deviation, columns)
+        runs = [metrics[student, seed] for seed in seeds]
+        accuracy, *rest = [
+            mean_and_deviation([run[name] for run in runs if name in run], len(runs))  # no ece of logits that are NaN
+            for name in ("accuracy", "agreement", "ece")
+        ]
         gains = [_gain(metrics, student, other, seeds) if other != student else None for other in others]
         cells.append([student.label, f"{student.learning_rate:g}", accuracy, *(gain or "–" for gain in gains), *rest])
     names = ["test accuracy", "gain over control", f"gain over {KD}", words("agreement"), words("ece")]

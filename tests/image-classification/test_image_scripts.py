@@ -28,7 +28,7 @@ from kd.image_classification.student_model.data_arguments import (
 )
 from kd.image_classification.student_model.evaluation import predict
 from kd.image_classification.student_model.sweep import Student
-from kd.image_classification.student_model.sweep_report import compare_students
+from kd.image_classification.student_model.sweep_report import compare_students, table_on_test
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import load_trained
 from kd_testing.image_files import draw
@@ -236,6 +236,13 @@ def test_the_logits_of_ensemble_teachers_are_averaged(teacher, tmp_path, capsys)
     assert not (tmp_path / "rejected").exists()
 
 
+def test_a_student_with_counted_values(teacher, tmp_path):
+    script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", "new", "--codebook_size", 16,
+           "--values", "counted", "--decoder", "mean", "--no_control", "--output_dir", tmp_path)  # fmt: skip
+    counts = weights(tmp_path)["head.label_counts"]
+    assert (counts.sum((1, 2)) == results_of(tmp_path)["data"]["train"]).all()
+
+
 @pytest.mark.parametrize("keys", ["carried", "new", "reused"])
 def test_distilling_a_bottleneck_into_a_bottleneck(keys, teacher, tmp_path):
     script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", keys, "--codebook_size", 16,
@@ -392,6 +399,19 @@ def check_test_table(folder: Path) -> None:
         interval = found.confidence_interval(0.95)
         gain = np.mean(accuracy["kd_alpha_0_5"]) - np.mean(accuracy[other])
         assert cells["kd:alpha=0.5"][column] == f"{gain:.4f} ({interval.low:.4f} to {interval.high:.4f})"
+
+
+def test_the_test_table_leaves_out_a_figure_that_a_student_does_not_have():
+    """Logits that are NaN after the last update have no calibration error."""
+    students, results = [Student(method, None, None, 0.1) for method in ("none", "kd")], {}
+    for seed in (0, 1):
+        for student in students:
+            metrics = {"accuracy": 0.5 + seed / 4, "agreement": 0.5, "ece": 0.1}
+            metrics = {k: v for k, v in metrics.items() if k != "ece" or (student.method, seed) != ("kd", 1)}
+            results[student, seed] = {"models": {"student": {"metrics": {"test": metrics}}}}
+    header, (none, kd) = table_on_test(results)
+    assert none[-1] == "0.1000 ± 0.0000" and kd[-1] == "0.1000 (n=1)" and len(kd) == len(header)
+    assert kd[2] == none[2] == "0.6250 ± 0.1768"
 
 
 @pytest.mark.slow
