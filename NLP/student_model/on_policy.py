@@ -134,7 +134,7 @@ class StudentSamples:
         """
         rooms = [self.args.block_size + 1 - len(prompt) for prompt in prompts]  # the last token is a label only
         limits = [min(self.args.max_new_tokens or room, room) for room in rooms]
-        samples = {}
+        samples: dict[int, Tensor] = {}
         for rows in groups_of_similar(limits):
             ids = _pad([prompts[row] for row in rows], self.tokenizer.eos_token_id, "left")
             mask = _pad([torch.ones_like(prompts[row]) for row in rows], 0, "left")
