@@ -32,8 +32,7 @@ from kd.nlp.student_model.training import open_run
 def main() -> None:
     text, pair, bottleneck, training = parse(*ARGUMENTS)
     reject_unused("stages train for --teacher_epochs, --align_epochs and --value_epochs", training, "num_train_epochs")
-    if bottleneck.keys == "reused":
-        reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
+    bottleneck.check_training(training)
     inputs = load_inputs(text, pair, training, text.load())
     validate_arguments(inputs, pair, training)
     validate_bottleneck(inputs, pair, bottleneck)

@@ -284,6 +284,7 @@ class GlueBottleneckArguments(TextBottleneckArguments):
     """Discrete key-value bottleneck."""
 
     bottleneck: Literal["both", "student"] = field(default="both", metadata={"help": SUPPRESS})  # --systems sets both
+    values: Literal["trained", "counted"] = field(default="trained", metadata={"help": SUPPRESS})  # not for STS-B
     keys: Keys = field(default="carried", metadata={"help": SUPPRESS})
 
 

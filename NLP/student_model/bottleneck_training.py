@@ -55,7 +55,9 @@ def train_bottleneck_student(
     bottleneck: TextBottleneckArguments,
     teacher: PreTrainedModel,
 ) -> PreTrainedModel:
-    """Aligns the student's encoder with the teacher's, then trains the values on labels and the teacher's logits."""
+    """Aligns the student's encoder with the teacher's, then trains the values on labels and the teacher's logits, or
+    counts the labels.
+    """
     keys = bottleneck.keys
     student = initial_student(inputs, encoder_of(teacher))
     encoder = align(run, encoder_of(student), teacher, inputs, pair, (bottleneck.pooling, bottleneck.pooling))
@@ -67,7 +69,7 @@ def train_bottleneck_student(
         bottleneck,
         keys,
         source=teacher if isinstance(teacher, BottleneckClassifier) else None,
-        teacher_outputs=None if keys == "reused" else cached_outputs(run, teacher, inputs.texts),
+        teacher_outputs=cached_outputs(run, teacher, inputs.texts) if bottleneck.has_soft_targets else None,
     )
 
 

@@ -1,11 +1,13 @@
-"""The discrete key-value bottleneck (DKVB): frozen keys that are looked up, and trained values.
+"""The discrete key-value bottleneck (DKVB): frozen keys that are looked up, and values that are trained or counted.
 
 An embedding is split into C heads. Each head finds the nearest of the K keys of its codebook (squared L2) and fetches
 the value of that key. A decoder maps the fetched values to logits. The keys are fitted once, without labels, and
-frozen. An input is then represented by C integers, its *codes*, and training updates only the fetched values.
+frozen. An input is then represented by C integers, its *codes*, and training updates only the fetched values. Counted
+values need no training: they follow from counts of the labels at each key, so examples can be added and forgotten.
 
 Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240). Keys by k-means and by the exponential
-moving average of van den Oord et al. (arXiv:1711.00937, appendix A.1).
+moving average of van den Oord et al. (arXiv:1711.00937, appendix A.1). Forgetting in a bottleneck: Shah et al., "Low
+Compute Unlearning via Sparse Representations", TMLR 2025 (arXiv:2311.15268).
 """
 
 from typing import Any, Literal
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
+from kd.common.bottleneck.counts import count_labels, counted_values
 from kd.common.bottleneck.keys import (
     assign,
     count_codes,
@@ -28,9 +31,11 @@ from kd.common.bottleneck.keys import (
 from kd.common.utils.errors import UserError
 
 STATISTICS_ROWS = 8192  # embeddings per chunk of key_statistics
+LOWEST = -1e4  # logit of a forgotten class after a linear decoder; finite also in fp16
 
 Split = Literal["segment", "projection"]
 Decoder = Literal["linear", "mean"]
+Values = Literal["trained", "counted"]
 
 
 class DiscreteKeyValueBottleneck(nn.Module):
@@ -47,10 +52,12 @@ class DiscreteKeyValueBottleneck(nn.Module):
         decoder: `linear` maps the C fetched values, concatenated, to logits; `mean` has no parameters: values are
             logits and are averaged over the codebooks.
         value_dim: width of a value for the linear decoder (default 16).
+        values: `trained` by gradients, or `counted`: a function of label counts (`counted_values`) that `add` and
+            `forget` change. Counted values need the mean decoder and classes.
 
     Buffers (all saved): keys (C, K, key_dim), key_sums (same shape) and key_counts (C, K), the moving averages whose
-    ratio is the keys, frozen, and projection (C, dim, key_dim) under that split. Parameters: values
-    (C, K, value_dim) and those of the linear decoder.
+    ratio is the keys, frozen, projection (C, dim, key_dim) under that split, and label_counts (C, K, num_outputs), the
+    int32 counts of counted values. Parameters: values (C, K, value_dim) and those of the linear decoder.
     """
 
     def __init__(
@@ -63,8 +70,11 @@ class DiscreteKeyValueBottleneck(nn.Module):
         key_dim: int | None = None,
         decoder: Decoder = "linear",
         value_dim: int = 16,
+        values: Values = "trained",
     ) -> None:
         super().__init__()
+        if values == "counted" and (decoder != "mean" or num_outputs < 2):
+            raise ValueError("counted values are logits of classes: they need --decoder mean and at least two classes")
         if not 1 <= codebook_size <= 2**16:
             raise ValueError(f"codebook_size must be between 1 and 65536, got {codebook_size}")
         if split == "segment" and dim % codebooks:
@@ -83,11 +93,15 @@ class DiscreteKeyValueBottleneck(nn.Module):
         self.register_buffer("key_sums", torch.empty(codebooks, codebook_size, self.key_dim))
         self.register_buffer("key_counts", torch.empty(codebooks, codebook_size))
         self.register_buffer("frozen", torch.empty((), dtype=torch.bool))
-        self.values = nn.Parameter(torch.empty(codebooks, codebook_size, self.value_dim))
+        shape = (codebooks, codebook_size, self.value_dim)
+        self.values = nn.Parameter(torch.empty(shape), requires_grad=values == "trained")
+        counts = torch.empty(shape, dtype=torch.int32) if values == "counted" else None
+        self.register_buffer("label_counts", counts)
         self.decoder = nn.Linear(codebooks * value_dim, num_outputs) if decoder == "linear" else None
         self.reset()
 
     projection: Tensor | None
+    label_counts: Tensor | None
     keys: Tensor
     key_sums: Tensor
     key_counts: Tensor
@@ -105,12 +119,14 @@ class DiscreteKeyValueBottleneck(nn.Module):
         self.key_counts.fill_(1.0)
         self.frozen.fill_(False)
         self.values.zero_()
+        if self.label_counts is not None:
+            self._set_counts(torch.zeros_like(self.label_counts))
         if self.decoder is not None:
             self.decoder.reset_parameters()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The values train with --value_learning_rate and without weight decay, which would shrink unused values."""
-        return {"value": [self.values]}
+        return {"value": [self.values]} if self.values.requires_grad else {}
 
     # ---- embeddings -> codes -> logits ----
 
@@ -148,6 +164,54 @@ class DiscreteKeyValueBottleneck(nn.Module):
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (batch, num_outputs) of embeddings (batch, dim), or (batch, positions, dim) with a mask."""
         return self.decode(self.encode(embeddings), mask)
+
+    # ---- counted values ----
+
+    @torch.no_grad()
+    def add(self, codes: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
+        """Adds examples with labels (rows,) to counted values. codes and mask are as in `decode`. No example is needed
+        twice, and the order of examples has no effect. Raises ValueError for trained values.
+        """
+        counts = self._counts()
+        self._set_counts(counts + count_labels(codes, labels, counts, mask))
+
+    @torch.no_grad()
+    def forget(self, codes: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
+        """Subtracts examples from counted values: the bottleneck is then bit-equal to one to which all other examples
+        were added. Raises ValueError for trained values, and for examples that were not added with these labels; the
+        values are then unchanged.
+        """
+        counts = self._counts()
+        remaining = counts - count_labels(codes, labels, counts, mask)
+        if (remaining < 0).any():
+            raise ValueError("some of the examples are not in the values: their codes or labels were never added")
+        self._set_counts(remaining)
+
+    def _counts(self) -> Tensor:
+        if self.label_counts is None:
+            raise ValueError("trained values have no counts: only counted values add and forget examples")
+        return self.label_counts
+
+    def _set_counts(self, counts: Tensor) -> None:
+        self._counts().copy_(counts)
+        self.values.copy_(counted_values(counts))
+
+    @torch.no_grad()
+    def forget_class(self, label: int) -> None:
+        """Removes a class, which keeps its place among the outputs but is no longer predicted.
+
+        From counted values this subtracts all examples of the class. Trained values and decoder keep the effect that
+        the examples had on the outputs of other classes; the output of the class becomes the lowest.
+        """
+        if self.label_counts is not None:
+            counts = self.label_counts.clone()
+            counts[..., label] = 0
+            self._set_counts(counts)
+        elif self.decoder is None:
+            self.values[..., label] = self.values.amin(-1) - 1
+        else:
+            self.decoder.weight[label] = 0
+            self.decoder.bias[label] = LOWEST
 
     # ---- keys ----
 
@@ -243,6 +307,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
         }
         if values:
             shape |= {"decoder": "mean" if self.decoder is None else "linear", "value width": self.value_dim}
+            shape |= {"values": "trained" if self.label_counts is None else "counted"}
         return shape
 
     @torch.no_grad()

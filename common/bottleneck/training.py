@@ -83,6 +83,14 @@ class CodeDataset(torch.utils.data.Dataset):
         return batch
 
 
+def add_samples(bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset, batch_size: int = 4096) -> None:
+    """Adds samples with labels to the counted values of a bottleneck."""
+    device = bottleneck.keys.device
+    for rows in torch.arange(len(samples)).split(batch_size):
+        batch = {name: part.to(device) for name, part in samples.__getitems__(rows.tolist()).items()}
+        bottleneck.add(batch["codes"], batch["labels"], batch.get("attention_mask"))
+
+
 @dataclass(frozen=True)
 class Samples:
     """The rows of a split as a dataset for the encoder, and their labels and sample ids (samples,)."""
@@ -150,7 +158,7 @@ def train_bottleneck(
     batch_size: int = 64,
     **trainer: Any,
 ) -> Any:
-    """Sets the keys, then (unless they are `reused`) trains the values on cached codes.
+    """Sets the keys, then (unless they are `reused`) trains the values on cached codes, or counts labels at each key.
 
     Args:
         model: a PreTrainedModel with `embed(**inputs)`, an untrained `bottleneck`, and a forward that accepts `codes`.
@@ -162,7 +170,8 @@ def train_bottleneck(
     """
     model.to(best_device())
     bottleneck: DiscreteKeyValueBottleneck = model.bottleneck
-    precision = run.args.precision
+    counted = bottleneck.label_counts is not None
+    precision = "fp32" if counted else run.args.precision  # an example is forgotten by its codes, without rounding
     key_rows = train.rows if key_rows is None else key_rows
     embeddings = embed_samples(model, key_rows, train.collate, precision, batch_size)
     vectors = pack(embeddings, "* d")[0].to(model.device)
@@ -175,6 +184,9 @@ def train_bottleneck(
         codes = encode_samples(model, train.rows, train.collate, precision, batch_size)
 
     train_dataset, eval_dataset = CodeDataset(codes, train.labels, train.sample_ids), None
+    if counted:
+        add_samples(bottleneck, train_dataset)
+        return model
     if validation is not None:
         codes = encode_samples(model, validation.rows, validation.collate, precision, batch_size)
         eval_dataset = CodeDataset(codes, validation.labels, validation.sample_ids)

@@ -267,6 +267,9 @@ class BottleneckArguments(CodebookArguments):
     split: Literal["segment", "projection"] = field(default="segment", metadata={"help": "Split of an embedding."})
     decoder: Literal["linear", "mean"] = field(default="linear", metadata={"help": "Map from values to logits."})
     value_dim: Count = field(default=16, metadata={"help": "Width of a value under --decoder linear."})
+    values: Literal["trained", "counted"] = field(
+        default="trained", metadata={"help": "Trained, or counts of labels."}
+    )
     value_epochs: Positive = field(default=10, metadata={"help": "Epochs of training the values on cached codes."})
     value_batch_size: Count = field(default=256, metadata={"help": "Samples per training step of the values."})
 
@@ -275,10 +278,25 @@ class BottleneckArguments(CodebookArguments):
             reject_unused("--split segment makes a key as wide as a segment", self, "key_dim")
         if self.decoder == "mean":
             reject_unused("--decoder mean makes a value as wide as the logits", self, "value_dim")
+        if self.values == "counted":
+            reject_unused("--values counted counts labels in one pass", self, "value_epochs", "value_batch_size")
+
+    def check_training(self, training: KDTrainingArguments) -> None:
+        """Raises UserError for a flag of `training` without effect, because nothing trains the student's values."""
+        if self.keys == "reused":
+            reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
+        if self.values == "counted":
+            names = "alpha", "temperature", "value_learning_rate"
+            reject_unused("--values counted counts labels and has no soft targets", training, *names)
+
+    @property
+    def has_soft_targets(self) -> bool:
+        """Whether the student's values are trained on the teacher's outputs."""
+        return self.keys != "reused" and self.values == "trained"
 
     def shape(self) -> dict[str, Any]:
         """The arguments of DiscreteKeyValueBottleneck other than its widths."""
-        names = ("codebooks", "codebook_size", "split", "key_dim", "decoder", "value_dim")
+        names = ("codebooks", "codebook_size", "split", "key_dim", "decoder", "value_dim", "values")
         return {name: getattr(self, name) for name in names}
 
     def value_arguments(self, rate: float) -> dict[str, Any]:

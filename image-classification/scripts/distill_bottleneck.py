@@ -2,12 +2,11 @@
 
     python image-classification/scripts/distill_bottleneck.py --keys new --dataset cifar10
 
-The teacher's bottleneck is trained on its frozen backbone. The student's maps match the teacher's as in SimKD. Its
-keys are carried from the teacher, fitted to its embeddings (`new`) or random, and its values are trained;
-`--keys reused` takes both. The control has new keys and no teacher.
+The student's maps match the teacher's as in SimKD. Its keys are carried, fitted (`new`) or random; `--keys reused`
+takes the teacher's values too. The control has new keys and no teacher.
 """
 
-from kd.common.cli import parse, reject_unused, run, show_help
+from kd.common.cli import parse, run, show_help
 from kd.image_classification.student_model.arguments import (
     BottleneckTrainingArguments,
     ImageBottleneckArguments,
@@ -34,8 +33,7 @@ from kd.image_classification.student_model.simkd import simkd, simkd_student
 def main() -> None:
     bottleneck, pair, matching, data_args, training = parse(*ARGUMENTS)
     pair.apply_pair(data_args, training)
-    if bottleneck.keys == "reused":
-        reject_unused("--keys reused does not train the student's values", training, "alpha", "temperature")
+    bottleneck.check_training(training)
     data, factor = data_args.load(), matching.projector_factor
     encoder, data, pretrained, known = pair.load_teacher(data, training)
     student = simkd_student(pair.student, encoder, data, factor)  # raises UserError if they do not fit

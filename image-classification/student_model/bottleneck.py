@@ -58,13 +58,13 @@ def replace_head(
     """Replaces the head of a frozen classifier by a bottleneck and trains it, or loads the stage if it is finished.
 
     Keys are fitted without labels. Unless they are `reused`, the values are then trained on the labels and on the soft
-    targets of a `teacher`. Carried and reused keys come from the bottleneck of the `teacher`.
+    targets of a `teacher`, or count the labels. Carried and reused keys come from the bottleneck of the `teacher`.
     """
     args = run.args
 
     def train() -> ImageClassifier:
         method, outputs, used = labels(), None, data.labelled_train()
-        if teacher is not None and keys != "reused":
+        if teacher is not None and arguments.has_soft_targets:
             method, used = labels_and_soft_targets(args.alpha, args.temperature), data
             outputs = cached_logits(run, data, teacher)
         method = method.for_labels(used.splits["train"].labels)

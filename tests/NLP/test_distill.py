@@ -93,6 +93,7 @@ def test_keys_carried_writes_a_complete_run(carried, small):
         ("new_keys", [], "keys_new"),
         ("new_keys", "--keys random --decoder mean --split projection --pooling tokens".split(), "keys_random"),
         ("keys_carried", ["--keys", "reused"], "keys_reused"),
+        ("keys_carried", ["--values", "counted", "--decoder", "mean"], "keys_carried"),
         ("student_only", ["--pooling", "cls"], "student_only"),
         ("base", ["--num_train_epochs", "1"], "kd"),
     ],
@@ -108,6 +109,8 @@ def test_the_other_systems(small, tmp_path, recipe, words, method):
     parts = [name for name in student if name.startswith("bottleneck.")]
     if method == "keys_reused":
         assert all(torch.equal(teacher[name], student[name]) for name in parts)
+    elif "counted" in words:
+        assert student["bottleneck.label_counts"][0].sum() == found["data"]["train"]
     elif method in ("keys_new", "keys_random"):
         assert not torch.equal(teacher["bottleneck.keys"], student["bottleneck.keys"])
     elif method == "kd":
@@ -467,6 +470,8 @@ def error_of(capsys, folder: Path, *words: object, recipe: str = "keys_carried")
         (["--teacher", "no/such-model"], "--teacher tiny-bert"),
         (["--keys", "carried", "--bottleneck", "student"], "--keys carried needs"),
         (["--codebooks", "7"], "7 codebooks do not divide"),
+        (["--values", "counted"], "they need --decoder mean"),
+        (["--values", "counted", "--decoder", "mean", "--alpha", "0.3"], "--alpha has no effect"),
         (["--student_layers", "9"], "between 1 and the teacher's 4"),
         (["--kays", "new"], "unknown flag --kays; did you mean --keys"),
         (["--keys", "old"], "invalid choice"),

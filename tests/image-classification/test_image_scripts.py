@@ -236,6 +236,13 @@ def test_the_logits_of_ensemble_teachers_are_averaged(teacher, tmp_path, capsys)
     assert not (tmp_path / "rejected").exists()
 
 
+def test_a_student_with_counted_values(teacher, tmp_path):
+    script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", "new", "--codebook_size", 16,
+           "--values", "counted", "--decoder", "mean", "--no_control", "--output_dir", tmp_path)  # fmt: skip
+    counts = weights(tmp_path)["head.label_counts"]
+    assert (counts.sum((1, 2)) == results_of(tmp_path)["data"]["train"]).all()
+
+
 @pytest.mark.parametrize("keys", ["carried", "new", "reused"])
 def test_distilling_a_bottleneck_into_a_bottleneck(keys, teacher, tmp_path):
     script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", keys, "--codebook_size", 16,
