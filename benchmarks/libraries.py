@@ -1,13 +1,15 @@
-"""Compares training steps of this project with torchdistill (images) and TextBrewer (texts).
+"""Compares training steps of this project with torchdistill (images), TextBrewer (texts) and TRL (language models).
 
     python3.11 -m venv library-venv && library-venv/bin/pip install -r benchmarks/library_requirements.txt
     python benchmarks/libraries.py --library_python library-venv/bin/python --json figures.json
 
 Images: ResNet56 -> ResNet20, by soft targets (KD) and by similarities of the last maps (SP). Texts: a BERT of MiniLM's
-size with 6 layers -> 3 layers, by soft targets. All compute the teacher's outputs in every step. The data are random,
-the losses, networks, batch size and precision (fp32) are the same, and each library augments, loads and trains in its
-documented way. library_worker.py runs each measurement in a process of its own with one thread. The libraries take
-turns.
+size with 6 layers -> 3 layers, by soft targets. Language models: a GPT-2 of 4 layers and width 256 -> 2 layers and
+width 128, 32,000 tokens of vocabulary, rows of 128 tokens, by the generalized Jensen-Shannon divergence (GKD) on given
+texts; its logits are large, so pass a small batch: --cases language_js --batch_size 4. All compute the teacher's
+outputs in every step. The data are random, the losses, networks, batch size and precision (fp32) are the same, and
+each library augments, loads and trains in its documented way. library_worker.py runs each measurement in a process
+of its own with one thread. The libraries take turns.
 """
 
 import json
@@ -25,7 +27,7 @@ from kd.common.utils.errors import UserError
 from kd.common.utils.ranges import Range
 
 WORKER, ROOT = Path(__file__).with_name("library_worker.py"), Path(__file__).resolve().parent.parent
-PEERS = {"images_kd": "torchdistill", "images_sp": "torchdistill", "texts_kd": "textbrewer"}
+PEERS = {"images_kd": "torchdistill", "images_sp": "torchdistill", "texts_kd": "textbrewer", "language_js": "trl"}
 HEADER = ["case", "library", "steps per CPU-second", "lowest", "highest", "ratio", "peak MiB", "of it in training"]
 
 

@@ -28,6 +28,7 @@ TEACHER, STUDENT = "resnet56", "resnet20"
 MEAN, STD = [0.5] * 3, [0.25] * 3
 ALPHA, TEMPERATURE, SIMILARITIES = 0.1, 4.0, 3000.0
 TEXT_CLASSES, TOKENS, VOCABULARY, LAYERS, STUDENT_LAYERS = 151, 16, 30522, 6, 3
+LANGUAGE_TOKENS, LANGUAGE_VOCABULARY, BETA = 128, 32_000, 0.5
 TEXT = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "vocab_size": VOCABULARY}
 
 
@@ -245,13 +246,82 @@ def texts_in_textbrewer(case: str, samples: int, batch: int) -> Clock:
         return clock
 
 
+# ---- language models: the generalized Jensen-Shannon divergence (GKD, arXiv:2306.13649), on given texts ----
+
+
+def language_models() -> tuple[nn.Module, nn.Module]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def network(layers: int, width: int) -> nn.Module:
+        shape = {"n_layer": layers, "n_embd": width, "n_head": width // 64, "n_positions": LANGUAGE_TOKENS + 1}
+        ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=LANGUAGE_VOCABULARY, **shape, **ends, **dropout))
+
+    return network(4, 256).eval(), network(2, 128)
+
+
+def language_data(samples: int) -> Tensor:
+    """One token more than there are labels."""
+    return torch.randint(1, LANGUAGE_VOCABULARY, (samples, LANGUAGE_TOKENS + 1))
+
+
+def language_in_kd(case: str, samples: int, batch: int) -> Clock:
+    from transformers import PrinterCallback, TrainerCallback
+
+    from kd.common.training.arguments import KDTrainingArguments
+    from kd.common.training.trainer import KDTrainer
+    from kd.nlp.student_model.token_objective import divergence_of, token_level
+
+    teacher, student = language_models()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = KDTrainer(
+            model=student,
+            args=KDTrainingArguments(
+                output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch, precision="fp32",
+                train_sampling_strategy="random", save_strategy="no", eval_strategy="no", logging_strategy="no",
+                report_to="none", disable_tqdm=True,
+            ),
+            objective=token_level(0.0, divergence_of(f"js:beta={BETA}", temperature=1.0)).objective, teacher=teacher,
+            train_dataset=[{"input_ids": ids[:-1], "labels": ids[1:]} for ids in language_data(samples)],
+        )  # fmt: skip
+        return trained(trainer, PrinterCallback, TrainerCallback)
+
+
+def language_in_trl(case: str, samples: int, batch: int) -> Clock:
+    """GKDTrainer without samples of the student (lmbda=0). It shifts the labels itself."""
+    from datasets import Dataset as Rows
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, default_data_collator
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    teacher, student = language_models()
+    ids = language_data(samples)
+    tokenizer = Tokenizer(models.WordLevel({"<end>": 0}, unk_token="<end>"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GKDTrainer(
+            model=student, teacher_model=teacher,
+            args=GKDConfig(
+                output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch, bf16=False, lmbda=0.0,
+                beta=BETA, gradient_checkpointing=False, learning_rate=5e-5, save_strategy="no", eval_strategy="no",
+                logging_strategy="no", report_to="none", disable_tqdm=True,
+            ),
+            train_dataset=Rows.from_dict({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}),
+            data_collator=default_data_collator,
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"),
+        )  # fmt: skip
+        return trained(trainer, PrinterCallback, TrainerCallback)
+
+
 MEASUREMENTS: dict[tuple[str, str], Callable[[str, int, int], Clock]] = {
     ("kd", "images_kd"): images_in_kd,
     ("kd", "images_sp"): images_in_kd,
     ("kd", "texts_kd"): texts_in_kd,
+    ("kd", "language_js"): language_in_kd,
     ("torchdistill", "images_kd"): images_in_torchdistill,
     ("torchdistill", "images_sp"): images_in_torchdistill,
     ("textbrewer", "texts_kd"): texts_in_textbrewer,
+    ("trl", "language_js"): language_in_trl,
 }
 
 

@@ -104,7 +104,8 @@ def token_sums(terms: Sequence[TokenTerm], student: Outputs, teacher: Outputs | 
 def sum_over_rows(function: SumOverRows, logits: Tensor, rows: Tensor) -> Tensor:
     """Sums a function over some of the rows of logits (all rows, vocabulary).
 
-    `function` maps logits (some rows, vocabulary), and the numbers of their rows, to sums (values,) over these rows.
+    `function` maps logits (some rows, vocabulary), and the numbers of their rows, to sums (values, ...) over these
+    rows.
     """
     if len(rows) * logits.shape[1] <= CHUNK:
         return function(logits[rows], rows)

@@ -13,7 +13,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -52,7 +52,7 @@ Documents = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents by split: train, validation and perhaps test.
+    """Documents by split: train, validation, perhaps test, and perhaps the texts of `with_texts_of`.
 
     A document that is a single line ending with a newline is part of a longer text, as in WikiText or a .txt file, and
     the next document continues it. Any other document is complete.
@@ -112,6 +112,28 @@ def corpus_of(
         most = max_train_samples if split == "train" else max_eval_samples
         splits[split] = _at_most(documents, most, split, notes)
     return Corpus(short_name(dataset), splits, notes)
+
+
+def with_texts_of(
+    corpus: Corpus, dataset: str, text_column: str | None = None, max_eval_samples: int | None = None
+) -> Corpus:
+    """Adds the texts of another dataset as the split DATASET:SPLIT, on which models are evaluated too: its test split,
+    or else its validation split, or else train. `text_column` applies if the dataset has that column.
+    """
+    path = Path(dataset)
+    if path.suffix.lower() == TXT and path.is_file():
+        raw, notes = {"test": lines_of_text(path)}, list[str]()
+    else:
+        contents = "test.txt, or parquet, CSV or JSON files"
+        raw, notes = read_splits(
+            dataset, KNOWN, contents, read_folder_of_texts, needs_train=False, flag="--eval_dataset"
+        )
+    split = next(name for name in ("test", "validation", "train") if name in raw)
+    name = f"{short_name(dataset)}:{split}"
+    raw = {name: raw[split]}
+    column = _text_column(raw, text_column if text_column in raw[name].column_names else None)
+    documents = _at_most(_texts(name, raw[name], column, notes), max_eval_samples, name, notes)
+    return replace(corpus, splits=corpus.splits | {name: documents}, notes=[*corpus.notes, *notes])
 
 
 def _at_most(documents: list[str], most: int | None, split: str, notes: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ from kd.common.data.fingerprints import data_fingerprint
 from kd.common.data.sources import Splits, sample, short_name, with_validation
 from kd.common.utils.errors import UserError, reason_of
 from kd.nlp.data.columns import infer_contents, is_text
-from kd.nlp.data.corpora import Corpus, corpus_of, read_corpus
+from kd.nlp.data.corpora import Corpus, corpus_of, read_corpus, with_texts_of
 
 PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"
 ASSISTANT = "assistant"
@@ -105,7 +105,10 @@ def load_language_data(args: Any) -> Corpus | PromptData:
     raw, notes = read_corpus(args.dataset)
     if args.text_column is None and (columns := _choose_columns(raw, args)):
         return prompts_of(args.dataset, raw, columns, notes, *most)
-    return corpus_of(args.dataset, raw, notes, args.text_column, *most)
+    corpus = corpus_of(args.dataset, raw, notes, args.text_column, *most)
+    if args.eval_dataset is None:
+        return corpus
+    return with_texts_of(corpus, args.eval_dataset, args.text_column, args.max_eval_samples)
 
 
 def _choose_columns(raw: Splits, args: Any) -> dict[str, str]:

@@ -37,6 +37,9 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
             "or JSON files."
         },
     )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Further texts to evaluate on: as --dataset, or a .txt file."}
+    )
     text_column: str | None = field(default=None, metadata={"help": "Column of the texts (default: inferred)."})
     prompt_column: str | None = field(default=None, metadata={"help": "Column of prompts (default: prompt)."})
     completion_column: str | None = field(
@@ -46,7 +49,7 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
         default=None, metadata={"help": "Column of chats, lists of role and content (default: messages)."}
     )
     max_train_samples: Count | None = field(
-        default=None, metadata={"help": "Maximum number of training documents or rows, or lines of a .txt file."}
+        default=None, metadata={"help": "Maximum number of training documents, rows or .txt lines."}
     )
     max_eval_samples: Count | None = field(
         default=None, metadata={"help": "Maximum number of documents or rows in each other split."}
@@ -121,7 +124,7 @@ if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from kd.common.data.sources import print_notes
-from kd.common.methods import parse_method
+from kd.common.methods import check_name, parse_method
 from kd.common.utils.errors import UserError
 from kd.nlp.data.prompts import PromptData, load_language_data
 from kd.nlp.student_model.across_vocabularies import METHODS, AcrossVocabularies
@@ -137,6 +140,7 @@ def main() -> None:
     reject_unused("a language model has no bottleneck", training, "value_learning_rate")
     if args.teacher == SCRATCH and args.student in (CUT, SCRATCH):
         reject_unused("models with random weights train at --from_scratch_learning_rate", training, "learning_rate")
+    check_name(args.method, (*DIVERGENCE_NAMES, *VOCABULARY_METHODS))
     if args.across_vocabularies:
         parse_method(args.method, METHODS, temperature=training.temperature)  # raises UserError for an invalid method
     else:
@@ -150,6 +154,7 @@ def main() -> None:
         if args.across_vocabularies:
             raise UserError(f"--method {args.method} learns from plain texts, not from prompts: pass --text_column")
         reject_unused("the prompts of samples are those of the data", args, "prompt_length")
+        reject_unused("models of prompts are not evaluated on plain texts", args, "eval_dataset")
         data.check_template(teacher and teacher.tokenizer)
         task = PromptTask
     run = open_run(training, args, data, *named_models)

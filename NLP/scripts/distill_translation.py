@@ -114,6 +114,7 @@ if __name__ == "__main__":
     show_help(*ARGUMENTS)  # before the imports below, which take seconds
 
 from kd.common.data.sources import print_notes
+from kd.common.methods import check_name
 from kd.nlp.data.translation import load_translation_data
 from kd.nlp.student_model.generation import open_run
 from kd.nlp.student_model.teacher_logits import check_stored_logits
@@ -126,6 +127,7 @@ def main() -> None:
     reject_unused("a translator has no bottleneck", training, "value_learning_rate")
     method = parts_of(args.method)
     if method.divergence is not None:
+        check_name(method.divergence, DIVERGENCE_NAMES if method.on_translations else (*DIVERGENCE_NAMES, SEQUENCE_KD))
         divergence_of(method.divergence, training.temperature)  # raises UserError for an invalid method
         check_stored_logits(args, training, method.divergence)
     limits = args.max_train_samples, args.max_eval_samples

@@ -25,7 +25,7 @@ from kd.common.metrics.verdict import Measurement, measure_bits_per_byte
 from kd.common.objective import Divergence, Term
 from kd.common.outputs import Outputs
 from kd.common.pretrained import load_tokenizer, stage_loader
-from kd.common.token_terms import label_term
+from kd.common.token_terms import label_term, sum_over_rows
 from kd.common.training.arguments import KDTrainingArguments
 from kd.common.training.teacher_outputs import TeacherOutputs
 from kd.common.training.trainer_run import TrainerRun
@@ -48,25 +48,26 @@ from kd.nlp.student_model.generation import label_tokens
 from kd.nlp.student_model.language_model import LanguageEvaluation, LanguageTask, Sample
 from kd.nlp.teacher_model.generative import Generator, byte_level_bpe
 
-# ---- methods, at aligned positions ----
+# ---- methods: values (positions,) at aligned positions ----
 
 
 def uld(student: Tensor, teacher: Tensor, *, temperature: Positive = 2.0) -> Tensor:
     """Distance of the sorted probabilities, whatever the tokens (arXiv:2402.12030)."""
-    return losses.sorted_probabilities(student, teacher, temperature)
+    return losses.sorted_probabilities(student, teacher, temperature, "none")
 
 
 def shared_tokens(student: Tensor, teacher: Tensor, groups: TokenGroups, *, temperature: Positive = 2.0) -> Tensor:
     """KL(teacher || student) over the tokens that both vocabularies contain, as `token_groups` groups them."""
     of_student, of_teacher = groups.student.to(student.device), groups.teacher.to(student.device)
-    return losses.grouped_kl(student, teacher, of_student, of_teacher, groups.number, temperature)
+    return losses.grouped_kl(student, teacher, of_student, of_teacher, groups.number, temperature, "none")
 
 
 METHODS: dict[str, Callable[..., Tensor]] = dict(zip(VOCABULARY_METHODS, (uld, shared_tokens), strict=True))
 
 
 def aligned_term(divergence: Divergence, blocks: TeacherBlocks) -> Term:
-    """A divergence at the positions of the teacher's mask. The teacher's logits are those of these positions alone.
+    """A divergence at the positions of the teacher's mask, in chunks of positions. The teacher's logits are those of
+    these positions alone.
 
     The sum over positions is divided by their expected number, the aligned share of the labels. So each position has
     the same weight, whatever the batch, and gradient accumulation changes nothing.
@@ -75,10 +76,14 @@ def aligned_term(divergence: Divergence, blocks: TeacherBlocks) -> Term:
     def term(student: Outputs, teacher: Outputs | None, labels: Tensor | None) -> Tensor:
         assert student.logits is not None and labels is not None
         assert teacher is not None and teacher.logits is not None and teacher.mask is not None
-        if not len(teacher.logits):
-            return student.logits.sum() * 0.0
-        weight = len(teacher.logits) / (blocks.aligned * (labels != IGNORED).sum())
-        return weight * divergence(student.logits[teacher.mask], teacher.logits)
+        aligned = teacher.mask.flatten()
+        targets, places = teacher.logits, aligned.cumsum(dim=0) - 1
+
+        def total(logits: Tensor, rows: Tensor) -> Tensor:
+            return divergence(logits, targets[places[rows]]).sum()
+
+        sums = sum_over_rows(total, student.logits.flatten(0, 1), aligned.nonzero().flatten())
+        return sums / (blocks.aligned * (labels != IGNORED).sum().clamp(min=1))
 
     return term
 

@@ -115,13 +115,8 @@ class StudentSamples:
         """A batch with the prompts of another one and sampled continuations, padded at the end. Labels are tokens of
         the next position, as in `pack`.
         """
-        prompts = self.prompts(batch)
-        ids, end = _pad(prompts, self.tokenizer.eos_token_id, "left"), self.tokenizer.eos_token_id
-        mask = _pad([torch.ones_like(prompt) for prompt in prompts], 0, "left")
-        room = self.args.block_size + 1 - ids.shape[1]  # the last token is a label only
-        limit = min(self.args.max_new_tokens or room, room)
-        sampled = student.generate(ids, attention_mask=mask, max_new_tokens=limit)[:, ids.shape[1] :]  # type: ignore[operator]
-        samples = [row[keep] for row, keep in zip(sampled, until_end(sampled, student), strict=True)]
+        prompts, end = self.prompts(batch), self.tokenizer.eos_token_id
+        samples = self.samples_after(student, prompts)
         whole = [torch.cat(pair) for pair in zip(prompts, samples, strict=True)]
         labels = [torch.cat([torch.full_like(p[1:], IGNORED), s]) for p, s in zip(prompts, samples, strict=True)]
         return {
@@ -130,6 +125,24 @@ class StudentSamples:
             "labels": _pad(labels, IGNORED),
             "sampled": True,
         }
+
+    def samples_after(self, student: PreTrainedModel, prompts: list[Tensor]) -> list[Tensor]:
+        """A sampled continuation of each prompt.
+
+        The longest prompt of a call of `generate` limits the samples of all of its rows. Therefore rows whose limits
+        differ much are sampled in several calls: a sample may have at least half of the tokens of its limit.
+        """
+        rooms = [self.args.block_size + 1 - len(prompt) for prompt in prompts]  # the last token is a label only
+        limits = [min(self.args.max_new_tokens or room, room) for room in rooms]
+        samples: dict[int, Tensor] = {}
+        for rows in groups_of_similar(limits):
+            ids = _pad([prompts[row] for row in rows], self.tokenizer.eos_token_id, "left")
+            mask = _pad([torch.ones_like(prompts[row]) for row in rows], 0, "left")
+            most = min(limits[row] for row in rows)
+            sampled = student.generate(ids, attention_mask=mask, max_new_tokens=most)[:, ids.shape[1] :]  # type: ignore[operator]
+            kept = zip(sampled, until_end(sampled, student), strict=True)
+            samples |= dict(zip(rows, (tokens[keep] for tokens, keep in kept), strict=True))
+        return [samples[row] for row in range(len(prompts))]
 
     def prompts(self, batch: Batch) -> list[Tensor]:
         """The prompts of rows or, of a plain text, the first tokens of each block."""
@@ -187,6 +200,17 @@ def prompts_of_rows(batch: Batch) -> list[Tensor]:
             if is_first.any():  # otherwise padding
                 prompts.append(ids[start : start + int(is_first.nonzero()[-1]) + 1])
     return prompts
+
+
+def groups_of_similar(limits: list[int]) -> list[list[int]]:
+    """The positions of `limits` in groups, in each of which the smallest limit is at least half of the largest."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(limits)), key=limits.__getitem__, reverse=True):
+        if groups and 2 * limits[number] >= limits[groups[-1][0]]:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
 
 
 def until_end(tokens: Tensor, student: PreTrainedModel) -> Tensor:

@@ -7,17 +7,20 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
+from kd.common.losses.predictions import Reduction
 from kd.common.losses.shared import LOG_ZERO, kl, positive_temperature
 
 
-def sorted_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def sorted_probabilities(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, reduction: Reduction = "mean"
+) -> Tensor:
     """Universal logit distillation (Boizard et al., arXiv:2402.12030): temperature * sum_i |p_(i) - q_(i)|.
 
     p and q are the teacher's and the student's probabilities at `temperature`, each in descending order; the smaller
     vocabulary is padded with probabilities of zero. This is the Wasserstein-1 distance if all pairs of different
-    tokens have the same cost. Averaged over positions; at most 2 * temperature. It compares the shapes of the
-    distributions alone: a permutation of either vocabulary does not change it. Raises ValueError for a temperature
-    that is not positive and for different numbers of positions.
+    tokens have the same cost. Averaged over positions, or (positions,) with `reduction="none"`; at most
+    2 * temperature. It compares the shapes of the distributions alone: a permutation of either vocabulary does not
+    change it. Raises ValueError for a temperature that is not positive and for different numbers of positions.
     """
     _check(student_logits, teacher_logits, temperature)
     student, teacher = (
@@ -26,7 +29,8 @@ def sorted_probabilities(student_logits: Tensor, teacher_logits: Tensor, tempera
     )
     missing = teacher.shape[-1] - student.shape[-1]
     student, teacher = F.pad(student, (0, max(missing, 0))), F.pad(teacher, (0, max(-missing, 0)))
-    return temperature * (student - teacher).abs().sum(dim=-1).mean()
+    distance = temperature * (student - teacher).abs().sum(dim=-1)
+    return distance.mean() if reduction == "mean" else distance
 
 
 def grouped_kl(
@@ -36,9 +40,10 @@ def grouped_kl(
     teacher_groups: Tensor,
     number: int,
     temperature: float = 1.0,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """temperature^2 * KL(P || Q), where P(g) and Q(g) are the probabilities of teacher and student at `temperature`
-    of all tokens of group g. Averaged over positions.
+    of all tokens of group g. Averaged over positions, or (positions,) with `reduction="none"`.
 
     Args:
         student_groups, teacher_groups: (vocabulary,), the group of each token, from 0 to `number`. The tokens of group
@@ -51,7 +56,8 @@ def grouped_kl(
     _check(student_logits, teacher_logits, temperature)
     student = _group_log_probabilities(student_logits / temperature, student_groups, number)
     teacher = _group_log_probabilities(teacher_logits.detach() / temperature, teacher_groups, number)
-    return temperature**2 * kl(teacher, student, dim=-1).mean()
+    divergence = temperature**2 * kl(teacher, student, dim=-1)
+    return divergence.mean() if reduction == "mean" else divergence
 
 
 def _group_log_probabilities(logits: Tensor, groups: Tensor, number: int) -> Tensor:

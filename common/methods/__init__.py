@@ -5,7 +5,14 @@ they read. The default arguments are those of the paper. METHODS contains the me
 which a domain may add others.
 """
 
-from kd.common.methods.arguments import arguments_of, check_methods_differ, fill_arguments, kd_flags, parse_method
+from kd.common.methods.arguments import (
+    arguments_of,
+    check_methods_differ,
+    check_name,
+    fill_arguments,
+    kd_flags,
+    parse_method,
+)
 from kd.common.methods.classification import METHODS
 from kd.common.methods.method import (
     Feature,
@@ -29,6 +36,7 @@ __all__ = [
     "TaskSpec",
     "arguments_of",
     "check_methods_differ",
+    "check_name",
     "depth_map",
     "fill_arguments",
     "hooked",

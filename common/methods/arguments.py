@@ -20,9 +20,8 @@ def parse_method(spec: str, methods: Mapping[str, Callable[..., Any]], **default
     of the method are ignored. Raises UserError for an unknown method or argument, for an argument that is set twice,
     and for a value of another type or out of range, also among `defaults`.
     """
+    check_name(spec, methods)
     name, words = _split(spec)
-    if name not in methods:
-        raise UserError(f"there is no method {name!r}, only {', '.join(methods)}{_guess(name, methods)}")
     method = methods[name]
     annotations = arguments_of(method)
     values = {key: value for key, value in defaults.items() if key in annotations}
@@ -38,6 +37,13 @@ def parse_method(spec: str, methods: Mapping[str, Callable[..., Any]], **default
         if limits is not None and value not in limits:
             raise UserError(f"method {name}: {key} must be {limits}, got {value:g}")
     return partial(method, **values)
+
+
+def check_name(spec: str, names: Iterable[str]) -> None:
+    """Raises UserError if the method of `spec` is none of `names`."""
+    name, known = _split(spec)[0], list(names)
+    if name not in known:
+        raise UserError(f"there is no method {name!r}, only {', '.join(known)}{_guess(name, known)}")
 
 
 def fill_arguments(spec: str, published: Sequence[str], methods: Mapping[str, Callable[..., Any]]) -> str:
@@ -110,6 +116,6 @@ def _convert(name: str, key: str, value: str, annotation: Any) -> Any:
         raise UserError(f"method {name}: {key}={value} is invalid, pass a value such as {key}={example}") from None
 
 
-def _guess(word: str, known: Mapping[str, Any]) -> str:
+def _guess(word: str, known: Iterable[str]) -> str:
     close = get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

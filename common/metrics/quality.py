@@ -16,6 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 
 from kd.common.metrics.verdict import AT_CHANCE
+from kd.common.token_terms import sum_over_rows
 from kd.common.utils.tasks import IGNORED
 
 OUT_OF_SCOPE = "oos"  # the label of texts that belong to no other class
@@ -164,13 +165,18 @@ def regression_metrics(predictions: np.ndarray, targets: np.ndarray) -> dict[str
 
 
 def token_counts(logits: Tensor, labels: Tensor) -> Tensor:
-    """Reduces logits, which are too large to store, to counts (batch, 3) for `token_metrics`: the sum of the negative
-    log-likelihoods, the number of correct tokens and the number of labels that are not IGNORED.
+    """Reduces logits (batch, positions, vocabulary), which are too large to store, to counts (batch, 3) for
+    `token_metrics`: the sum of the negative log-likelihoods, the number of correct tokens and the number of labels
+    that are not IGNORED. Computed in chunks of positions, as losses are.
     """
-    counts = labels != IGNORED
-    nll = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    right = (logits.argmax(-1) == labels) & counts
-    return torch.stack([nll.sum(1), right.sum(1), counts.sum(1)], dim=1)
+    targets = labels.flatten()
+
+    def counts(logits: Tensor, rows: Tensor) -> Tensor:
+        nll = F.cross_entropy(logits.float(), targets[rows], reduction="none")
+        each = torch.stack([nll, logits.argmax(-1) == targets[rows], torch.ones_like(nll)], dim=1)
+        return each.new_zeros(len(labels), 3).index_add(0, rows // labels.shape[1], each)
+
+    return sum_over_rows(counts, logits.flatten(0, 1), (targets != IGNORED).nonzero().flatten())
 
 
 def token_metrics(counts: np.ndarray) -> dict[str, float]:

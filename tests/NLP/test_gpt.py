@@ -1,6 +1,7 @@
 """Distillation of language models: corpora, packing, objectives, and the script from end to end on a few texts."""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -24,7 +25,7 @@ from kd.common.training.trainer_run import TrainerRun
 from kd.common.utils.errors import UserError
 from kd.common.utils.tasks import IGNORED
 from kd.nlp.data import corpora
-from kd.nlp.data.corpora import Corpus, load_corpus, pack
+from kd.nlp.data.corpora import Corpus, load_corpus, pack, with_texts_of
 from kd.nlp.scripts.distill_gpt import Arguments, LanguageTrainingArguments
 from kd.nlp.student_model.arguments import DIVERGENCE_NAMES
 from kd.nlp.student_model.language_model import LanguageTask, load_named_models
@@ -290,6 +291,46 @@ def test_a_run_is_complete_and_reports_the_perplexity_of_the_saved_student(finis
         assert found["models"]["student"]["metrics"][split]["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
+def test_other_texts_are_a_split_with_the_name_of_their_dataset(tmp_path):
+    """The test split, or the only one, of a folder or a file; --text_column is that of the data if both have it."""
+    corpus = Corpus("few", {"train": ["a"], "validation": ["b"], "test": ["c"]}, ["note"])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "validation.csv").write_text("text,body\none,1st\n")
+    assert with_texts_of(corpus, str(other)).splits == corpus.splits | {"other:validation": ["one"]}
+    assert with_texts_of(corpus, str(other), "body").splits["other:validation"] == ["1st"]
+    (other / "test.csv").write_text("text\ntwo\nthree\n\n")
+    found = with_texts_of(corpus, str(other), "body", max_eval_samples=1)
+    assert found.splits["other:test"] == ["two"] and found.size("other:test") == 3
+    assert found.fingerprint != corpus.fingerprint and found.notes == ["note", "1 of 2 documents of other:test"]
+    (tmp_path / "test.txt").write_text("four\n\nfive")
+    found = with_texts_of(corpus, str(tmp_path / "test.txt"))
+    assert found.splits == corpus.splits | {"test.txt:test": ["four\n", "\n", "five"]}
+
+
+def test_bits_per_byte_of_other_texts_are_those_of_the_saved_student(texts, tmp_path):
+    """The bits of all tokens of the text, computed from the saved models without padding, and of its bytes."""
+    text = "the naïve statement\nis a list of names\n"
+    (tmp_path / "other.txt").write_text(text)
+    found = distill(tmp_path / "run", texts, "--eval_dataset", tmp_path / "other.txt", "--num_train_epochs", "1")
+    for role, folder in (("student", "student"), ("control", "stages/control"), ("teacher", "stages/teacher")):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / folder)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / folder).eval()
+        ids = [
+            tokenizer.eos_token_id,
+            *(token for line in text.splitlines(True) for token in tokenizer(line)["input_ids"]),
+        ]
+        bits = 0.0
+        for start in range(0, len(ids) - 1, 16):  # blocks
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids[start : start + 16]])).logits[0].double().log_softmax(-1)
+            bits -= sum(log_p[i, t].item() for i, t in enumerate(ids[start + 1 : start + 17])) / math.log(2)
+        metrics = found["models"][role]["metrics"]["other.txt:test"]
+        assert metrics["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-4)
+    assert found["corpus"]["bytes"]["other.txt:test"] == len(text) + 1
+    assert "| other.txt:test | bits per byte |" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_documents_are_limited_and_lines_stay_consecutive(tmp_path):
     lines = [f"line {number}\n" for number in range(40)]
     for split in ("train", "validation"):
@@ -440,7 +481,12 @@ def test_a_named_teacher_without_epochs_and_a_named_student(texts, gpt2, tmp_pat
         (["--method", "js:beta=1"], "beta must be above 0 and below 1"),
         (["--method", "abkd:alpha=0:beta=0"], "abkd needs alpha or beta above 0"),
         (["--teacher_epochs", "0"], "untrained"),
-        (["--method", "sideways"], "no method 'sideways'"),
+        (["--eval_dataset", "nowhere"], "unknown dataset 'nowhere'"),
+        (["--dataset", "answers", "--eval_dataset", "python"], "not evaluated on plain texts"),
+        (
+            ["--method", "sideways"],
+            f"no method 'sideways', only {', '.join([*DIVERGENCE_NAMES, 'uld', 'shared_tokens'])}",
+        ),
         (["--student", "scratch", "--student_layers", "4", "--hidden_weight", "1"], "has 4 layers to match"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
     ],

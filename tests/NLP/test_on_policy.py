@@ -24,7 +24,7 @@ from kd.nlp.data.intents import load_intents
 from kd.nlp.data.prompt_rows import RowCollator, pack_rows, prompt_ids, row_of
 from kd.nlp.scripts.distill_gpt import Arguments as LanguageArguments
 from kd.nlp.scripts.distill_translation import Arguments as TranslationArguments
-from kd.nlp.student_model.on_policy import OnPolicyObjective, StudentSamples, check_on_policy
+from kd.nlp.student_model.on_policy import OnPolicyObjective, StudentSamples, check_on_policy, groups_of_similar
 from kd.nlp.student_model.token_objective import DIVERGENCES, divergence_of, token_level
 from kd.nlp.teacher_model.generative import random_gpt2, random_marian
 from kd_testing.processes import in_processes
@@ -114,6 +114,33 @@ def test_the_prompts_of_rows_end_before_the_last_completion():
         assert [prompt.tolist() for prompt in prompts] == [[1, 2, 3, 4, 5], [8]]
     sampled = samples_of("continuations")(counting_gpt2(), batch, STEP, 0)
     assert sampled["labels"].tolist() == [[i, i, i, i, 6, 7, 8, END], [END] + 7 * [i]]
+
+
+def test_a_long_prompt_does_not_shorten_the_samples_of_the_others():
+    """Blocks of 8: after 7 tokens there is space for two more, the last as a label; after 1 and 2, for 8 and 7."""
+    i, lengths = IGNORED, torch.tensor([[1], [7], [2]])
+    places = torch.arange(8)
+    batch = {
+        "input_ids": torch.tensor([[13, *7 * [END]], [*range(10, 17), END], [13, 14, *6 * [END]]]),
+        "labels": torch.where(places == lengths - 1, END, i),
+        "attention_mask": (places < lengths).long(),
+    }
+    found = samples_of("continuations")(counting_gpt2(), batch, STEP, 0)["labels"]
+    assert [row[row != i].tolist() for row in found] == [
+        [14, 15, 16, 17, 18, 19, 0],  # as long as the limit of the third
+        [17, 18],
+        [15, 16, 17, 18, 19, 0, 1],
+    ]
+    few = samples_of("continuations", max_new_tokens=2)(counting_gpt2(), batch, STEP, 0)["labels"]
+    assert [row[row != i].tolist() for row in few] == [[14, 15], [17, 18], [15, 16]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [([5, 5, 5], [[0, 1, 2]]), ([3, 8, 4, 1], [[1, 2], [0], [3]]), ([1, 2], [[1, 0]]), ([], [])],
+)
+def test_groups_of_rows_with_similar_limits(limits, expected):
+    assert groups_of_similar(limits) == expected
 
 
 def test_the_prompts_of_packed_rows_are_those_of_the_rows():

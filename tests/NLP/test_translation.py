@@ -490,8 +490,11 @@ def test_an_empty_translation_ends_at_once(small, t5):
         (["--student", "T5"], "different vocabularies"),
         (["--load_best_model_at_end"], "needs --metric_for_best_model"),
         (["--methid", "kd"], "did you mean --method"),
-        (["--method", "sequence_kd+kl"], "no method 'kl'"),
-        (["--method", "sequence"], "no method 'sequence', only kd, reverse_kl"),
+        (
+            ["--method", "sequence_kd+kl"],
+            "no method 'kl', only kd, reverse_kl, js, skew_kl, skew_reverse_kl, tv, abkd",
+        ),
+        (["--method", "sequence"], "abkd, sequence_kd; did you mean sequence_kd?"),
     ],
 )
 def test_invalid_flags(capsys, tmp_path, small, t5, words, message):

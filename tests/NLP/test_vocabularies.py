@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from kd.common import token_terms
 from kd.common.metrics.quality import language_metrics
 from kd.common.metrics.verdict import measure_bits_per_byte
 from kd.common.outputs import Outputs
 from kd.common.utils.errors import UserError
+from kd.common.utils.tasks import IGNORED
 from kd.nlp.data.corpora import pack, stack
 from kd.nlp.data.vocabularies import (
     UNALIGNED,
@@ -282,9 +285,40 @@ def test_each_aligned_position_has_the_same_weight_in_any_batch(across: Any) -> 
     parts = [numbers[:3], numbers[3:4], numbers[4:]]
     shares = torch.stack([loss(part) * number(part) / number(numbers) for part in parts])
     torch.testing.assert_close(shares.sum(), loss(numbers))
-    mean = METHODS["uld"](logits[blocks.positions != UNALIGNED], teacher.batch(torch.arange(len(data))).logits,
+    each = METHODS["uld"](logits[blocks.positions != UNALIGNED], teacher.batch(torch.arange(len(data))).logits,
                           temperature=1.0)  # fmt: skip
-    torch.testing.assert_close(loss(numbers), mean)
+    torch.testing.assert_close(loss(numbers), each.mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_chunks_have_the_value_and_the_gradient_of_all_positions_at_once(
+    across: Any, learned: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    blocks, model, data = across
+    groups = token_groups(learned[1], learned[0], (290, 330))
+    divergence = METHODS[method] if method == "uld" else partial(METHODS[method], groups=groups)
+    chosen, rows = torch.tensor([1, 4, 0]), stack(list(data))
+    teacher = AlignedTeacher(model, blocks, "fp32").batch(chosen)
+    logits = torch.randn(3, 12, 290, requires_grad=True)
+    aligned, labels = logits[blocks.positions[chosen] != UNALIGNED], rows["labels"][chosen]
+    expected = divergence(aligned, teacher.logits).sum() / (blocks.aligned * (labels != IGNORED).sum())
+    for chunk in (1, 2 * 290, 2**30):
+        monkeypatch.setattr(token_terms, "CHUNK", chunk)
+        found = aligned_term(divergence, blocks)(Outputs(logits=logits), teacher, labels)
+        torch.testing.assert_close(found, expected)
+        pair = [torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (found, expected)]
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_aligned_positions_has_no_loss_and_no_gradient(across: Any, learned: Any, method: str) -> None:
+    groups = token_groups(learned[1], learned[0], (290, 330))
+    divergence = METHODS[method] if method == "uld" else partial(METHODS[method], groups=groups)
+    logits, labels = torch.randn(2, 12, 290, requires_grad=True), torch.full((2, 12), IGNORED)
+    teacher = Outputs(logits=torch.randn(0, 330), mask=torch.zeros(2, 12, dtype=torch.bool))
+    value = aligned_term(divergence, across[0])(Outputs(logits=logits), teacher, labels)
+    value.backward()
+    assert value == 0 and logits.grad is not None and not logits.grad.any()
 
 
 def test_bits_per_byte_of_all_blocks_are_those_of_the_metrics() -> None:

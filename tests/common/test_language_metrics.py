@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kd.common import token_terms
 from kd.common.metrics.quality import language_metrics, token_counts
 from kd.common.utils.tasks import IGNORED
 
@@ -38,3 +40,34 @@ def test_a_uniform_model_needs_eight_bits_per_byte():
     found = language_metrics(token_counts(torch.zeros(4, 9, 256), labels).numpy(), size=labels.numel())
     assert found["perplexity"] == pytest.approx(256, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(8, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_in_chunks_are_those_of_all_positions_at_once(monkeypatch, dtype):
+    logits, labels = torch.randn(5, 7, 11).to(dtype), torch.randint(0, 11, (5, 7))
+    labels[0, 2:] = labels[3] = IGNORED
+    each = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    expected = torch.stack([each.sum(1), (logits.argmax(-1) == labels).sum(1), (labels != IGNORED).sum(1)], dim=1)
+    for chunk in (1, 2 * 11, 3 * 11 + 1, 2**21):
+        monkeypatch.setattr(token_terms, "CHUNK", chunk)
+        torch.testing.assert_close(token_counts(logits, labels), expected)
+
+
+class Largest(TorchDispatchMode):
+    """Records the number of elements of the largest new tensor."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and "view" not in function.name():
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_memory_of_counts_is_that_of_a_chunk(monkeypatch):
+    monkeypatch.setattr(token_terms, "CHUNK", 4 * 1000)
+    logits, labels = torch.randn(3, 20, 1000), torch.randint(0, 1000, (3, 20))
+    with Largest() as largest:
+        token_counts(logits, labels)
+    assert 0 < largest.elements <= 4 * 1000

@@ -23,7 +23,7 @@ def test_rows_hold_rates_ratios_and_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["images_kd", "images_sp", "texts_kd"])
+@pytest.mark.parametrize("case", ["images_kd", "images_sp", "texts_kd", "language_js"])
 def test_the_worker_measures_this_project(case):
     command = [sys.executable, str(WORKER), "--library", "kd", "--case", case, "--steps", "2", "--batch_size", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
