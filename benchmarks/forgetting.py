@@ -9,9 +9,9 @@ head is compared with the same head fitted without the forgotten examples ("retr
 grid of settings, the one whose accuracies are nearest to those of the retrained head is shown, and likewise for adding
 the one with the highest mean of both accuracies: choices that no user can make, in favour of these ways.
 
-The forgotten examples are all of a random class, 100 random ones, or one of two k-means clusters of a class. The
-membership attack ranks forgotten training examples and test examples (of the same class and cluster) by their loss.
-Its AUC is 0.5 if nothing distinguishes them.
+The forgotten examples are all of a random class, 100 random ones, or the larger of two k-means clusters of a class.
+The membership attack ranks forgotten training examples and test examples (of the same class and cluster) by their
+loss. Its AUC is 0.5 if nothing distinguishes them.
 """
 
 import copy
@@ -129,8 +129,9 @@ class Study:
         picked[torch.randperm(len(self.train))[:EXAMPLES]] = True
         members = self.train.embeddings[of_class[0]].unsqueeze(1)
         centres = kmeans(members, 2, torch.Generator().manual_seed(0))[0][0]
-        near = [torch.cdist(rows.embeddings, centres).argmin(1) == 0 for rows in (self.train, self.test)]
-        part = of_class[0] & near[0], of_class[1] & near[1]
+        clusters = [torch.cdist(rows.embeddings, centres).argmin(1) for rows in (self.train, self.test)]
+        larger = clusters[0][of_class[0]].mode().values
+        part = of_class[0] & (clusters[0] == larger), of_class[1] & (clusters[1] == larger)
         return {"class": of_class, "examples": (picked, torch.ones(len(self.test), dtype=torch.bool)), "part": part}
 
     def measure(self, head: Head, retrained: Head, forgotten: Rows, affected: Tensor, scenario: str) -> Record:

@@ -205,10 +205,9 @@ def add_evaluation_arguments(parser: Parser, model: str, predictions: str) -> No
     parser.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
 
 
-def add_forget_arguments(parser: Parser, samples: str) -> None:
-    """Adds the arguments of the scripts that forget, except --examples, the file of `samples` (texts or images)."""
+def add_changed_student_arguments(parser: Parser) -> None:
+    """Adds the arguments of scripts that change the bottleneck of a student. They also have --examples."""
     parser.add_argument("model", help="A run (its student), or the folder of a student with a bottleneck.")
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help=f"Classes to forget, instead of {samples}.")
     parser.add_argument("--output_dir", required=True, metavar="FOLDER", help="New folder for the changed student.")
 
 

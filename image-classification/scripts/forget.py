@@ -9,10 +9,11 @@ stop predicting a class. Keys, encoder and what a teacher taught them do not cha
 """
 
 from kd.common.cli import Parser, run, show_help
-from kd.common.training.arguments import add_forget_arguments
+from kd.common.training.arguments import add_changed_student_arguments
 
 PARSER = Parser(description=__doc__)
-add_forget_arguments(PARSER, "images")
+add_changed_student_arguments(PARSER)
+PARSER.add_argument("--classes", nargs="+", metavar="NAME", help="Classes to forget, instead of images.")
 PARSER.add_argument("--examples", dest="dataset", help="Training images with labels, to forget: a folder or file.")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
@@ -20,7 +21,7 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoImageProcessor
 
-from kd.common.bottleneck.forgetting import (
+from kd.common.bottleneck.changes import (
     bottleneck_of,
     check_arguments,
     forget_classes,

@@ -1,4 +1,4 @@
-"""forget.py on a student with counted values and on one with trained values: exact, saved, refused."""
+"""forget.py and add.py on a student with counted values and on one with trained values: exact, saved, refused."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_forgotten_texts_leave_the_values_of_a_student_without_them(counted, sma
     assert torch.equal(found.bottleneck.values, retrained.bottleneck.values)
     output = capsys.readouterr().out
     assert "Forgot 20 examples" in output and "Exact" in output and "Keys and encoder do not change" in output
-    assert "## Forgotten" in (tmp_path / "out" / "README.md").read_text()
+    assert "## Changed" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(SystemExit) as stopped:  # they cannot be forgotten twice
         forget(tmp_path / "out", tmp_path / "again", "--examples", tmp_path / "forget.csv")
     assert stopped.value.code == 2 and "never added" in capsys.readouterr().err
@@ -83,6 +83,24 @@ def test_trained_values_forget_classes_but_no_examples(small, tmp_path, capsys):
     with pytest.raises(SystemExit):
         forget(run, tmp_path / "texts", "--examples", small)
     assert "--examples needs counted values" in capsys.readouterr().err
+
+
+def test_texts_and_a_new_class_are_added(counted, tmp_path, capsys):
+    texts = ["brew me a coffee", "make an espresso", "wake me at seven"]
+    pd.DataFrame({"text": texts, "intent": ["coffee", "coffee", "set_alarm"]}).to_csv(
+        tmp_path / "new.csv", index=False
+    )
+    run_script("NLP/scripts/add.py", counted, "--examples", tmp_path / "new.csv", "--output_dir", tmp_path / "out")
+    assert "Added 3 examples and 1 classes (coffee)" in capsys.readouterr().out
+    model = BottleneckClassifier.from_pretrained(tmp_path / "out")
+    before = BottleneckClassifier.from_pretrained(counted / "student").bottleneck.label_counts
+    added = model.bottleneck.label_counts.sum((0, 1)) // model.bottleneck.codebooks
+    label = model.config.label2id["set_alarm"]
+    assert added[-1] == 2 and model.config.id2label[len(added) - 1] == "coffee"
+    assert added[label] == before[..., label].sum() // model.bottleneck.codebooks + 1
+    back = forget(tmp_path / "out", tmp_path / "back", "--examples", tmp_path / "new.csv")
+    assert torch.equal(back.bottleneck.label_counts[..., :-1], before)
+    run_script("NLP/scripts/evaluate.py", tmp_path / "out", "--dataset", tmp_path / "new.csv")
 
 
 @pytest.mark.parametrize(

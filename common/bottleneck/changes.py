@@ -1,4 +1,4 @@
-"""Forgetting in saved students with a bottleneck, for the scripts forget.py: what is removed, and what remains."""
+"""Changes of saved students with a bottleneck, for the scripts forget.py and add.py: what changes, what remains."""
 
 import time
 from argparse import Namespace
@@ -7,10 +7,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
-from kd.common.bottleneck.training import CodeDataset
+from kd.common.bottleneck.training import CodeDataset, add_samples
 from kd.common.data.sources import shorten
 from kd.common.reporting.model_card import Savable
 from kd.common.reporting.origins import CARD
@@ -38,9 +39,11 @@ def bottleneck_of(model: Any, name: str) -> DiscreteKeyValueBottleneck:
 
 
 def check_arguments(args: Namespace) -> None:
-    """Raises UserError unless either classes or examples are named and --output_dir is new: no student is replaced."""
-    if bool(args.classes) == bool(args.dataset):
-        raise UserError("what should be forgotten? pass --classes NAME ... or --examples FILE")
+    """Raises UserError unless there are either classes or examples, and a new --output_dir: no student is replaced."""
+    classes = getattr(args, "classes", None)
+    if bool(classes) == bool(args.dataset):
+        choices = "--classes NAME ... or --examples FILE" if hasattr(args, "classes") else "--examples FILE"
+        raise UserError(f"nothing to change, or two things: pass {choices}")
     folder = Path(args.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output_dir {shorten(args.output_dir)} is not empty: pass a new folder")
@@ -89,16 +92,39 @@ def forget_examples(bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset
     return f"{removed} {_exact(bottleneck.label_counts)} {REMAINS}"
 
 
+def add_examples(
+    model: Any, bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset, labels: Sequence[str]
+) -> str:
+    """Adds samples to counted values; `labels` are their classes by id. Those that the model lacks become new classes.
+    Returns a description. Raises UserError for trained values.
+    """
+    if bottleneck.label_counts is None:
+        raise UserError("trained values cannot add examples: pass a student with --values counted --decoder mean")
+    names = list(model.config.id2label.values())
+    used = [labels[label] for label in samples.labels.unique().tolist()]
+    new = [name for name in used if name not in names]
+    started = time.perf_counter()
+    if new:
+        bottleneck.add_classes(len(new))
+        names += new
+        model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    ids = torch.tensor([names.index(name) if name in names else 0 for name in labels])
+    add_samples(bottleneck, CodeDataset(list(samples.codes), ids[samples.labels], samples.sample_ids))
+    seconds = time.perf_counter() - started
+    classes = f" and {len(new)} classes ({', '.join(new)})" if new else ""
+    return f"Added {len(samples):,} examples{classes} in {1000 * seconds:.0f} ms. Keys and encoder do not change."
+
+
 def _exact(counts: Tensor) -> str:
     return f"{EXACT} The counts take {counts.numel() * counts.element_size():,} bytes of the student."
 
 
 def save_changed(model: Savable, processor: Savable, source: str, output: str, description: str) -> None:
-    """Writes a student that has forgotten, with the card of its `source` folder, and prints the description."""
+    """Writes a changed student, with the card of its `source` folder, and prints the description."""
     card = Path(source, CARD)
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     with writing_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_text(folder / CARD, f"{text}\n## Forgotten\n\n{description} The figures above are from before.\n")
+        write_text(folder / CARD, f"{text}\n## Changed\n\n{description} The figures above are from before.\n")
     print(f"{description}\nstudent: {output}")
