@@ -7,7 +7,7 @@
 The encoder is frozen and has not seen the labels. The keys are fitted to all training embeddings, without labels. Each
 head is compared with the same head fitted without the forgotten examples ("retrained"). Where a way to forget has a
 grid of settings, the one whose accuracies are nearest to those of the retrained head is shown, and likewise for adding
-the one with the highest mean of both accuracies: choices that no user can make, in favour of these ways.
+the one with the highest harmonic mean of both accuracies: choices that no user can make, in favour of these ways.
 
 The forgotten examples are all of a random class, 100 random ones, or the larger of two k-means clusters of a class.
 The membership attack ranks forgotten training examples and test examples (of the same class and cluster) by their
@@ -168,7 +168,7 @@ class Study:
             tests = self.test[~torch.isin(self.test.labels, new[new != label])]
             for way, heads in self.ways_to_add(fitted, examples):
                 scores = [old_and_new(head, tests, int(label)) for head in heads]
-                yield {"way": way, "shots": shots} | max(scores, key=lambda score: score["new"] + score["old"])
+                yield {"way": way, "shots": shots} | max(scores, key=harmonic_mean)
 
     def ways_to_add(self, fitted: dict[str, Any], examples: Rows) -> Iterator[tuple[str, list[Head]]]:
         for name in ("counted values", "nearest mean"):
@@ -182,6 +182,10 @@ class Study:
 def old_and_new(head: Head, rows: Rows, label: int) -> Record:
     correct = (head.predict(rows).argmax(1) == rows.labels).double()
     return {"new": correct[rows.labels == label].mean().item(), "old": correct[rows.labels != label].mean().item()}
+
+
+def harmonic_mean(score: Record) -> float:
+    return 2 * score["new"] * score["old"] / max(score["new"] + score["old"], 1e-9)
 
 
 def distance(found: Record, reference: Record) -> float:
