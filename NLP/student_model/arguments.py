@@ -145,10 +145,13 @@ DATA_ARGUMENTS = (
 )
 
 
-def add_data_arguments(parser: Parser) -> None:
-    """Adds the data flags of scripts that evaluate a trained classifier."""
-    help = "Embedded dataset, Hub name, folder or file (default: that of the run)."
-    parser.add_argument("--dataset", help=help)
+def add_data_arguments(
+    parser: Parser,
+    flag: str = "--dataset",
+    help: str = "Embedded dataset, Hub name, folder or file (default: that of the run).",
+) -> None:
+    """Adds the data flags of scripts that evaluate or change a trained classifier. `flag` names the dataset."""
+    parser.add_argument(flag, dest="dataset", help=help)
     parser.add_argument(
         "--text_columns", nargs="*", help="Column of texts, or two for text pairs (default: inferred)."
     )

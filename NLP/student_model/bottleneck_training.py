@@ -106,8 +106,8 @@ def add_bottleneck(
             keys,
             source.bottleneck if source else None,
             arguments | {"train_sampling_strategy": "random"},
-            _samples(texts, train),
-            _samples(texts, texts.validation),
+            samples_of(texts, train),
+            samples_of(texts, texts.validation),
             key_rows=_random_rows(texts.train, KEY_TEXTS, args.seed),
             samples=len(texts.train),
             objective=method.for_labels(train_labels).objective,
@@ -118,7 +118,7 @@ def add_bottleneck(
     return run.stage(name, train, stage_loader(auto_class(texts.data)), texts.collate.tokenizer)
 
 
-def _samples(texts: Texts, rows: Dataset) -> Samples:
+def samples_of(texts: Texts, rows: Dataset) -> Samples:
     labels, sample_ids = (torch.from_numpy(column_array(rows, name)) for name in ("labels", "sample_id"))
     return Samples(rows, texts.collate, labels, sample_ids)
 

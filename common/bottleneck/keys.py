@@ -6,11 +6,14 @@ Shapes, for C codebooks of K keys: keys (C, K, key_dim); heads (rows, C, key_dim
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 # Maximum size of one block of the table of distances (codebooks, rows, codebook_size). A CPU reads it from a cache.
 SEARCH_BYTES = {"cpu": 2 * 2**20, "gpu": 64 * 2**20}
+RUN = 16  # successive keys whose minimum the search computes first
+MIN_RUNS = 32  # with fewer, minima over runs are slow
 LAPLACE = 1e-5
 
 
@@ -18,25 +21,48 @@ def nearest_keys(heads: Tensor, keys: Tensor) -> Tensor:
     """Index of the nearest key (squared L2): heads (rows, C, key_dim), keys (C, K, key_dim) -> (rows, C), int64.
 
     |x - k|^2 = |x|^2 + 2 (|k|^2 / 2 - x.k), so the argmin needs no distances. Rows are searched in blocks, which
-    bounds the memory for any number of rows. Exact fp32: TF32 would flip near ties.
+    bounds the memory for any number of rows. Of equally near keys, the first is chosen. Exact fp32: TF32 would flip
+    near ties.
     """
     if torch.compiler.is_exporting():  # in a graph, the number of blocks cannot depend on the batch
-        return _nearest(heads, keys)
+        return _nearest(heads, *_search_table(keys, 1), 1)
+    run = max(1, min(RUN, keys.shape[1] // MIN_RUNS))
+    table = _search_table(keys, run)
     limit = SEARCH_BYTES["cpu" if keys.device.type == "cpu" else "gpu"]
-    block = max(1, limit // (4 * keys.shape[0] * keys.shape[1]))
+    block = max(1, limit // (4 * table[0].numel()))
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        return torch.cat([_nearest(rows, keys) for rows in heads.split(block)])
+        return torch.cat([_nearest(rows, *table, run) for rows in heads.split(block)])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def _nearest(heads: Tensor, keys: Tensor) -> Tensor:
-    half_norms = rearrange(keys.square().sum(-1) / 2, "c k -> c 1 k")
-    queries, keys = rearrange(heads, "row c d -> c row d"), rearrange(keys, "c k d -> c d k")
-    scores = torch.baddbmm(half_norms, queries, keys, alpha=-1)  # (c, row, k)
-    return rearrange(scores.min(-1).indices, "c row -> row c")  # on a CPU faster than argmin
+def _search_table(keys: Tensor, run: int) -> tuple[Tensor, Tensor]:
+    """Half squared norms (C, 1, run * n) and keys (C, key_dim, run * n) in the order of `_nearest`: n runs of `run`
+    successive keys, the first key of each run, then the second, ... Missing keys of the last run are infinitely far.
+    """
+    missing = -keys.shape[1] % run
+    half_norms = F.pad(keys.square().sum(-1) / 2, (0, missing), value=torch.inf)
+    keys = F.pad(keys, (0, 0, 0, missing))
+    return (
+        rearrange(half_norms, "c (n run) -> c 1 (run n)", run=run),
+        rearrange(keys, "c (n run) d -> c d (run n)", run=run),
+    )
+
+
+def _nearest(heads: Tensor, half_norms: Tensor, keys: Tensor, run: int) -> Tensor:
+    """The search in one block of rows. On a CPU, an argmin takes longer than the product, and minima alone are fast.
+    So the minimum of each run of keys is computed, then the first run with the smallest minimum, then its first
+    nearest key.
+    """
+    scores = torch.baddbmm(half_norms, rearrange(heads, "row c d -> c row d"), keys, alpha=-1)
+    if run == 1:
+        return rearrange(scores.min(-1).indices, "c row -> row c")  # on a CPU faster than argmin
+    scores = rearrange(scores, "c row (run n) -> c row run n", run=run)
+    nearest_run = scores.amin(2).min(-1).indices
+    of_run = scores.gather(3, repeat(nearest_run, "c row -> c row run 1", run=run))
+    return rearrange(nearest_run * run + of_run[..., 0].min(-1).indices, "c row -> row c")
 
 
 def count_codes(codes: Tensor, codebook_size: int) -> Tensor:

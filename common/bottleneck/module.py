@@ -187,6 +187,13 @@ class DiscreteKeyValueBottleneck(nn.Module):
             raise ValueError("some of the examples are not in the values: their codes or labels were never added")
         self._set_counts(remaining)
 
+    @torch.no_grad()
+    def add_classes(self, number: int) -> None:
+        """Adds classes without examples to counted values, after the others. Raises ValueError for trained values."""
+        counts = F.pad(self._counts(), (0, number))
+        self.label_counts, self.value_dim = counts, counts.shape[-1]
+        self.values = nn.Parameter(counted_values(counts), requires_grad=False)
+
     def _counts(self) -> Tensor:
         if self.label_counts is None:
             raise ValueError("trained values have no counts: only counted values add and forget examples")

@@ -72,7 +72,7 @@ class CodeDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         index = torch.as_tensor(rows)
         batch = {"codes": self.codes[index], "labels": self.labels[index], "sample_id": self.sample_ids[index]}
         if self.lengths is not None:

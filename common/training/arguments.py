@@ -205,6 +205,12 @@ def add_evaluation_arguments(parser: Parser, model: str, predictions: str) -> No
     parser.add_argument("--json", metavar="FILE", help="Write the metrics to this file.")
 
 
+def add_changed_student_arguments(parser: Parser) -> None:
+    """Adds the arguments of scripts that change the bottleneck of a student. They also have --examples."""
+    parser.add_argument("model", help="A run (its student), or the folder of a student with a bottleneck.")
+    parser.add_argument("--output_dir", required=True, metavar="FOLDER", help="New folder for the changed student.")
+
+
 def ensemble_weights() -> Any:
     """The field of the weights of several teachers. `check_ensemble_weights` checks their number."""
     return field(default=None, metadata={"help": "Weights of --teacher and of these teachers (default: equal)."})

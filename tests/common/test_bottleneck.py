@@ -28,12 +28,23 @@ def clusters(codebooks: int = 1, per_cluster: int = 200, width: int = 2) -> tupl
 # ---- search ----
 
 
-@pytest.mark.parametrize(("rows", "codebooks", "codebook_size"), [(1, 1, 1), (17, 3, 8), (1000, 4, 64)])
+@pytest.mark.parametrize(
+    ("rows", "codebooks", "codebook_size"), [(1, 1, 1), (17, 3, 8), (1000, 4, 64), (100, 2, 500), (50, 2, 4096)]
+)
 def test_chunked_search_equals_brute_force(monkeypatch, rows, codebooks, codebook_size):
     monkeypatch.setattr(key_search, "SEARCH_BYTES", {"cpu": 7 * 4 * codebooks * codebook_size})  # blocks of seven rows
     heads, keys = torch.randn(rows, codebooks, 6), torch.randn(codebooks, codebook_size, 6)
     brute = torch.stack([torch.cdist(heads[:, c].double(), keys[c].double()).argmin(1) for c in range(codebooks)], 1)
     assert torch.equal(nearest_keys(heads, keys), brute)
+
+
+@pytest.mark.parametrize("codebook_size", [4, 100, 700])
+def test_of_equally_near_keys_the_first_is_found(codebook_size):
+    keys = torch.randint(3, (2, codebook_size, 2)).float()  # of nine different keys
+    heads = torch.randn(40, 2, 2)
+    first = [[(keys[c] == keys[c, k]).all(1).nonzero()[0].item() for c, k in enumerate(row)]
+             for row in nearest_keys(heads, keys).tolist()]  # fmt: skip
+    assert nearest_keys(heads, keys).tolist() == first
 
 
 def test_search_is_exact_under_bf16_autocast():

@@ -93,6 +93,24 @@ def test_adding_examples_changes_only_the_values_of_their_class():
     assert changed.tolist() == [label == 2 for label in range(CLASSES)]
 
 
+def test_a_class_is_added_from_one_example():
+    codes, labels = examples(60)
+    known = labels != 4
+    bottleneck = DiscreteKeyValueBottleneck(12, 4, CODEBOOKS, SIZE, decoder="mean", values="counted")
+    bottleneck.add(codes[known], labels[known])
+    before = bottleneck.decode(codes)
+    bottleneck.add_classes(1)
+    assert torch.equal(bottleneck.decode(codes)[:, :4], before)
+    assert (bottleneck.decode(codes).argmax(1) < 4).all()
+    bottleneck.add(codes[~known][:1], labels[~known][:1])
+    assert torch.equal(bottleneck.decode(codes)[:, :4], before)
+    assert bottleneck.decode(codes[~known][:1]).argmax() == 4
+    whole = counted()
+    whole.add(codes[known], labels[known])
+    whole.add(codes[~known][:1], labels[~known][:1])
+    assert torch.equal(whole.values, bottleneck.values)
+
+
 def test_forgetting_a_class_forgets_its_examples():
     codes, labels = examples(100)
     bottleneck, retrained = counted(), counted()

@@ -242,6 +242,17 @@ def test_a_student_with_counted_values(teacher, tmp_path):
     counts = weights(tmp_path)["head.label_counts"]
     assert (counts.sum((1, 2)) == results_of(tmp_path)["data"]["train"]).all()
 
+    images = load_image_data("digits", max_train_samples=256).splits["train"][torch.arange(30)]
+    for row, (picture, label) in enumerate(zip(images.pixels, images.labels.tolist(), strict=True)):
+        folder = tmp_path / "forget" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.squeeze(-1).numpy()).save(folder / f"{row}.png")
+    script("forget.py", tmp_path, "--examples", tmp_path / "forget", "--output_dir", tmp_path / "less")
+    removed = counts - load_file(tmp_path / "less" / "model.safetensors")["head.label_counts"]
+    assert torch.equal(removed.sum(1), torch.bincount(images.labels, minlength=10).int().expand(len(counts), -1))
+    script("forget.py", tmp_path, "--classes", "3", "--output_dir", tmp_path / "without")
+    assert not load_file(tmp_path / "without" / "model.safetensors")["head.label_counts"][..., 3].any()
+
 
 @pytest.mark.parametrize("keys", ["carried", "new", "reused"])
 def test_distilling_a_bottleneck_into_a_bottleneck(keys, teacher, tmp_path):
