@@ -2,7 +2,7 @@
 
     python NLP/scripts/distill_gpt.py
     python NLP/scripts/distill_gpt.py --method reverse_kl --student scratch --student_layers 2
-    python NLP/scripts/distill_gpt.py --method uld --student scratch --student_vocabulary_size 1024
+    python NLP/scripts/distill_gpt.py --method uld --student scratch --student_vocabulary_size 512
     python NLP/scripts/distill_gpt.py NLP/scripts/answers.yaml   # prompts and short answers
     python NLP/scripts/distill_gpt.py NLP/scripts/gpt.yaml   # GPT-2 on WikiText, from the Hub
 
@@ -58,8 +58,9 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
         default=128, metadata={"help": "Number of tokens in a training block."}
     )
 
-    teacher_epochs: NotNegative = 6
-    vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = 2048
+    teacher_epochs: NotNegative = 2
+    teacher_width: Count = 96
+    vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = 1024
     student_vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] | None = field(
         default=None, metadata={"help": "Size of a BPE vocabulary of the student, for uld and shared_tokens."}
     )
@@ -112,7 +113,7 @@ class LanguageTrainingArguments(KDTrainingArguments):
     """Training with the defaults of small GPTs."""
 
     output_dir: str | None = "runs/NLP/gpt"
-    num_train_epochs: Positive = 2
+    num_train_epochs: Positive = 1
     per_device_train_batch_size: Count = 8
     per_device_eval_batch_size: Count = 16
     learning_rate: Positive = field(default=1e-4, metadata={"help": "Learning rate of pretrained models."})

@@ -52,7 +52,6 @@ class Arguments(GenerativePairArguments):
         default=None,
         metadata={"help": f"Epochs of training the teacher (default: 0; scratch: {SCRATCH_EPOCHS})."},
     )
-    teacher_layers: Count = 2
     vocabulary_size: Count = field(
         default=1000, metadata={"help": "Number of word pieces of a teacher with random weights."}
     )

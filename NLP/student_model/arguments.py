@@ -340,7 +340,7 @@ class GenerativePairArguments:
     teacher_epochs: NotNegative | None = field(
         default=None, metadata={"help": "Epochs of training the teacher; 0 to leave a pretrained teacher unchanged."}
     )
-    teacher_layers: Count = field(default=4, metadata={"help": "Number of layers of a teacher with random weights."})
+    teacher_layers: Count = field(default=2, metadata={"help": "Number of layers of a teacher with random weights."})
     teacher_width: Count = field(default=128, metadata={"help": "Hidden size of a teacher with random weights."})
     vocabulary_size: Count = field(
         default=2048, metadata={"help": "Size of the BPE vocabulary of a teacher with random weights."}
