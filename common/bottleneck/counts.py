@@ -8,7 +8,6 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-SMOOTHING = 10.0  # examples of each class, spread evenly over the keys, before any is counted
 ROWS = 4096  # examples per step
 
 
@@ -43,16 +42,18 @@ def _check(codes: Tensor, labels: Tensor, like: Tensor) -> None:
 def counted_values(counts: Tensor) -> Tensor:
     """Values (C, K, classes) of counts (C, K, classes): smoothed log-likelihoods of each key, given the class.
 
-        value = sqrt(C) log((count + s / K) / (examples of the class + s)),    s = SMOOTHING
+        value = sqrt(C) log((count + sqrt(n) / K) / (n + sqrt(n))),    n = examples of the class
 
-    The mean decoder averages them over the codebooks, so its prediction is that of naive Bayes over C categorical
-    features with Lidstone's smoothing and equal priors (Manning et al., "Introduction to Information Retrieval", 2008,
-    chapter 13). Naive Bayes adds the C logarithms, which is overconfident for heads of one embedding; their mean is
-    underconfident. Smoothing and the scale between the two were chosen on CLINC150's validation split, by accuracy
-    and by log-likelihood. The values of a class depend on its examples alone. A class without examples is the lowest.
+    The frequencies are the minimax estimator of a multinomial distribution under squared loss (Trybula, Annals of
+    Mathematical Statistics 1958). The mean decoder averages over the codebooks, so its prediction is that of naive
+    Bayes over C categorical features with equal priors. Naive Bayes adds the C logarithms, which is overconfident for
+    heads of one embedding; their mean is underconfident. Smoothing and the scale between the two were chosen on
+    CLINC150's validation split, by accuracy and by log-likelihood: a constant smoothing is as good for classes of
+    equal sizes, but prefers classes with few examples. The values of a class depend on its examples alone. A class
+    without examples is the lowest.
     """
     codebooks, codebook_size, _ = counts.shape
-    counts = counts.float()
-    examples = counts.sum(1, keepdim=True)
-    values = codebooks**0.5 * ((counts + SMOOTHING / codebook_size) / (examples + SMOOTHING)).log()
+    examples = counts.sum(1, keepdim=True).float()
+    known = examples.clamp(min=1)
+    values = codebooks**0.5 * ((counts + known.sqrt() / codebook_size) / (known + known.sqrt())).log()
     return torch.where(examples > 0, values, values.amin(-1, keepdim=True) - 1)

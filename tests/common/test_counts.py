@@ -4,7 +4,7 @@ import pytest
 import torch
 from sklearn.naive_bayes import CategoricalNB
 
-from kd.common.bottleneck.counts import SMOOTHING, count_labels
+from kd.common.bottleneck.counts import count_labels
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import CodeDataset, add_samples
 
@@ -39,7 +39,7 @@ def test_predictions_are_those_of_naive_bayes():
     (codes, labels), (others, _) = examples(200), examples(50, seed=1)
     bottleneck = counted()
     bottleneck.add(codes, labels)
-    alpha = SMOOTHING / SIZE
+    alpha = (200 / CLASSES) ** 0.5 / SIZE
     theirs = CategoricalNB(alpha=alpha, fit_prior=False, min_categories=SIZE).fit(codes.numpy(), labels.numpy())
     expected = torch.from_numpy(theirs.predict_joint_log_proba(others.numpy())).float()
     expected = (expected + torch.log(torch.tensor(float(CLASSES)))) / CODEBOOKS**0.5
