@@ -170,9 +170,11 @@ class LogitStore:
     def _compress(
         self, teacher: PreTrainedModel, targets: Tensor, ids: Tensor, **inputs: Tensor
     ) -> dict[str, list[Tensor]]:
-        """The columns of each sample of a batch."""
-        samples = zip(teacher(**inputs).logits, targets != IGNORED, ids.tolist(), strict=True)
-        found = [self.form.compress(logits[keep], self.temperature, sample) for logits, keep, sample in samples]
+        """The columns of each sample of a batch. They are computed without autocast, which refuses fp16 on CPUs."""
+        logits = teacher(**inputs).logits
+        samples = zip(logits, targets != IGNORED, ids.tolist(), strict=True)
+        with torch.autocast(logits.device.type, enabled=False):
+            found = [self.form.compress(row[keep], self.temperature, sample) for row, keep, sample in samples]
         return {name: [columns[name] for columns in found] for name in found[0]}
 
 

@@ -233,6 +233,20 @@ def test_shuffled_batches_have_the_loss_of_the_live_teacher(tmp_path, teacher, t
             torch.testing.assert_close(found, dense, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", [Top(k=VOCABULARY), Sample(k=2000)], ids=spec_of)
+def test_a_teacher_in_bf16_has_the_loss_of_its_logits_within_rounding(tmp_path, teacher, tokenizer, form):
+    """Autocast of a CPU refuses the fp16 of the columns."""
+    store, rows = LogitStore(tmp_path, form, 2.0, "bf16"), blocks()
+    stored = store.open(teacher, tokenizer, rows, stack, batch_size=4)
+    batch, student = stack(list(rows)), torch.randn(40, 8, VOCABULARY)
+    term = store.replace_term(token_level(0.5, divergence_of("kd", 2.0))).terms[TOKENS][1]
+    found = term(Outputs(logits=student), stored.batch(batch["sample_id"]), batch["labels"])
+    keep = batch["labels"] != IGNORED
+    with torch.no_grad():
+        dense = soft_target_kl(student[keep], teacher(input_ids=batch["input_ids"]).logits[keep], 2.0)
+    torch.testing.assert_close(found, dense, rtol=2e-2, atol=0)
+
+
 def test_a_batch_without_labels_has_a_loss_of_zero(tmp_path, teacher, tokenizer):
     rows = blocks()
     store = LogitStore(tmp_path, Sample(k=3), 2.0, "fp32")
