@@ -109,7 +109,7 @@ def add_examples(
         names += new
         model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
     ids = torch.tensor([names.index(name) if name in names else 0 for name in labels])
-    add_samples(bottleneck, CodeDataset(list(samples.codes), ids[samples.labels], samples.sample_ids))
+    add_samples(bottleneck, samples.with_labels(ids[samples.labels]))
     seconds = time.perf_counter() - started
     classes = f" and {len(new)} classes ({', '.join(new)})" if new else ""
     return f"Added {len(samples):,} examples{classes} in {1000 * seconds:.0f} ms. Keys and encoder do not change."

@@ -4,6 +4,7 @@ With encoder and keys frozen, the codes of an input are constant. They are compu
 takes an embedding bag per step, without encoder and key search.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,12 @@ class CodeDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    def with_labels(self, labels: Tensor) -> "CodeDataset":
+        """The same samples with other labels (samples,)."""
+        changed = copy.copy(self)
+        changed.labels = labels
+        return changed
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Tensor]:
         index = torch.as_tensor(rows)

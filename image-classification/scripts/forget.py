@@ -5,7 +5,7 @@
 
 STUDENT is a run or a folder. With counted values (distill_bottleneck.py --values counted --decoder mean), the values
 are then those of a student that was never given these images; FOLDER has them as CLASS/NAME.png. Trained values only
-stop predicting a class. Keys, encoder and what a teacher taught them do not change. evaluate.py evaluates the result.
+stop predicting a class. Keys and encoder do not change. evaluate.py evaluates the result.
 """
 
 from kd.common.cli import Parser, run, show_help

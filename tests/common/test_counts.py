@@ -1,9 +1,12 @@
 """Counted values: by hand, against scikit-learn's naive Bayes, and examples that are forgotten exactly."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sklearn.naive_bayes import CategoricalNB
 
+from kd.common.bottleneck.changes import add_examples
 from kd.common.bottleneck.counts import count_labels
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import CodeDataset, add_samples
@@ -163,6 +166,19 @@ def test_cached_codes_are_added_in_batches():
     ragged = [row.repeat(2 + i % 3, 1).to(torch.uint16) for i, row in enumerate(codes)]
     add_samples(bottleneck, CodeDataset(ragged, labels, torch.arange(30)), batch_size=7)
     assert bottleneck.label_counts.sum() == CODEBOOKS * (30 + sum(map(len, ragged)))
+
+
+def test_added_samples_of_a_new_class_are_counted_without_their_padding():
+    codes, labels = examples(6)
+    ragged = [row.repeat(1 + i % 3, 1).to(torch.uint16) for i, row in enumerate(codes)]
+    model = SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate("abcde"))))
+    bottleneck = counted()
+    samples = CodeDataset(ragged, torch.tensor([0, 0, 0, 1, 1, 1]), torch.arange(6))
+    add_examples(model, bottleneck, samples, ["new", "a"])
+    assert list(model.config.id2label.values()) == [*"abcde", "new"] and model.config.label2id["new"] == 5
+    assert bottleneck.label_counts is not None
+    per_class = bottleneck.label_counts.sum((0, 1)) // CODEBOOKS
+    assert per_class.tolist() == [6, 0, 0, 0, 0, 6], "1 + 2 + 3 positions of three samples each"
 
 
 def test_counted_values_are_not_trained():
