@@ -64,7 +64,7 @@ def chat_tokenizer(tokenizer) -> Iterator[GPT2Tokenizer]:
 
 def load(dataset: object, **flags: object) -> PromptData | Corpus:
     names = ("text_column", "prompt_column", "completion_column", "messages_column")
-    defaults = dict.fromkeys((*names, "max_train_samples", "max_eval_samples"))
+    defaults = dict.fromkeys((*names, "max_train_samples", "eval_dataset", "max_eval_samples"))
     return load_language_data(Namespace(dataset=str(dataset), **(defaults | flags)))
 
 
