@@ -6,7 +6,12 @@ The public names are imported when they are used, because torch takes seconds (_
 import importlib
 from typing import Any
 
-from kd.common.utils.startup import declare_operators_before_torchvision, prepare_script, set_wait_policy
+from kd.common.utils.startup import (
+    declare_operators_before_torchvision,
+    keep_freed_memory,
+    prepare_script,
+    set_wait_policy,
+)
 
 MODULES = {
     "DiscreteKeyValueBottleneck": "bottleneck.module",
@@ -17,6 +22,7 @@ MODULES = {
 }
 
 set_wait_policy()
+keep_freed_memory()
 prepare_script()
 declare_operators_before_torchvision()
 

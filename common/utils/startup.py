@@ -1,4 +1,4 @@
-"""Setup before slow imports: OpenMP's threads, the handler of Ctrl-C, progress bars and torchvision's operators.
+"""Setup before slow imports: OpenMP's threads, freed memory, Ctrl-C, progress bars and torchvision's operators.
 
 torchvision's wheels are built for CUDA torch. With a CPU-only torch their C++ library does not load, so the operators
 `torchvision::nms` and `torchvision::qnms` are never declared, and `import torchvision` (hence timm, and the Trainer of
@@ -6,6 +6,7 @@ transformers) fails while it registers their meta functions. Declaring the two s
 project calls the operators.
 """
 
+import ctypes
 import importlib.machinery
 import importlib.util
 import os
@@ -22,6 +23,8 @@ SCHEMAS = {
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")  # of GNU's and LLVM's OpenMP
+MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _libraries: list[Any] = []  # a garbage-collected torch.library.Library withdraws its declarations
 
 
@@ -34,6 +37,21 @@ def set_wait_policy() -> None:
     """
     if not any(name in os.environ for name in WAIT_VARIABLES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep up to 2 GiB of freed memory for the next allocations, unless the environment has a setting of
+    the user. Blocks of more than 32 MiB are still returned to the system.
+
+    A training step on a CPU frees its activations. By default glibc returns most of that memory, and in each step the
+    system then provides and clears the pages again.
+    """
+    if sys.platform != "linux" or any(name in os.environ for name in MALLOC_VARIABLES):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def exit_on_interrupt(*_: object) -> None:

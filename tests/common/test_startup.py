@@ -1,6 +1,7 @@
 """Setup before torch is imported."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -34,6 +35,18 @@ def test_every_package_sets_the_policy_before_torch_is_imported():
     for package in FIRST:
         assert in_new_process(code.format(package))[0] == "PASSIVE\n", package
     assert in_new_process(code.format(FIRST[0]), OMP_WAIT_POLICY="active")[0] == "active\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_freed_memory_is_used_again_without_page_faults():
+    code = """import resource, kd.common, torch
+for step in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(2_000_000) for _ in range(20)]  # 8 MB each, all of which are freed after a step
+    del kept
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    assert int(in_new_process(code)[0]) < 1000
+    assert int(in_new_process(code, MALLOC_TRIM_THRESHOLD_="131072")[0]) > 10_000, "a setting of the user is kept"
 
 
 @pytest.mark.parametrize("name", WAIT_VARIABLES)
