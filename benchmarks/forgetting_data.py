@@ -1,5 +1,7 @@
 """Embeddings of texts and images by frozen encoders, cached in a file, for `forgetting.py`."""
 
+import hashlib
+import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +28,9 @@ CIFAR10 = 10  # classes of the published networks
 
 def embeddings(args: Namespace) -> dict[str, Tensor]:
     """Embeddings (rows, width) and labels (rows,) by split: train, test, train_labels, test_labels."""
-    file = Path(args.cache) / f"{Path(args.dataset).name}.safetensors"
+    source = [args.kind, str(args.dataset), str(args.encoder), str(args.images)]
+    digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
+    file = Path(args.cache) / f"{Path(args.dataset).name}_{digest}.safetensors"
     if not file.exists():
         found = embed_texts(args) if args.kind == "texts" else embed_images(args)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -201,26 +201,29 @@ def text_data(samples: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": i, "attention_mask": ones, "labels": label} for i, label in zip(ids, labels, strict=True)]
 
 
-def texts_in_kd(case: str, samples: int, batch: int) -> Clock:
+def trained_in_kd(networks: tuple[nn.Module, nn.Module], objective: nn.Module, rows: Any, batch: int) -> Clock:
+    """Trains with KDTrainer. `networks`: teacher and student."""
     from transformers import PrinterCallback, TrainerCallback
 
-    from kd.common.methods import labels_and_soft_targets
     from kd.common.training.arguments import KDTrainingArguments
     from kd.common.training.trainer import KDTrainer
 
-    teacher, student = text_networks()
+    teacher, student = networks
     with tempfile.TemporaryDirectory() as folder:
-        trainer = KDTrainer(
-            model=student,
-            args=KDTrainingArguments(
-                output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch, precision="fp32",
-                train_sampling_strategy="random", save_strategy="no", eval_strategy="no", logging_strategy="no",
-                report_to="none", disable_tqdm=True,
-            ),
-            objective=labels_and_soft_targets(ALPHA, TEMPERATURE).objective, teacher=teacher,
-            train_dataset=text_data(samples),
+        args = KDTrainingArguments(
+            output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch, precision="fp32",
+            train_sampling_strategy="random", save_strategy="no", eval_strategy="no", logging_strategy="no",
+            report_to="none", disable_tqdm=True,
         )  # fmt: skip
+        trainer = KDTrainer(model=student, args=args, objective=objective, teacher=teacher, train_dataset=rows)
         return trained(trainer, PrinterCallback, TrainerCallback)
+
+
+def texts_in_kd(case: str, samples: int, batch: int) -> Clock:
+    from kd.common.methods import labels_and_soft_targets
+
+    objective = labels_and_soft_targets(ALPHA, TEMPERATURE).objective
+    return trained_in_kd(text_networks(), objective, text_data(samples), batch)
 
 
 def texts_in_textbrewer(case: str, samples: int, batch: int) -> Clock:
@@ -267,25 +270,11 @@ def language_data(samples: int) -> Tensor:
 
 
 def language_in_kd(case: str, samples: int, batch: int) -> Clock:
-    from transformers import PrinterCallback, TrainerCallback
-
-    from kd.common.training.arguments import KDTrainingArguments
-    from kd.common.training.trainer import KDTrainer
     from kd.nlp.student_model.token_objective import divergence_of, token_level
 
-    teacher, student = language_models()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = KDTrainer(
-            model=student,
-            args=KDTrainingArguments(
-                output_dir=folder, num_train_epochs=1, per_device_train_batch_size=batch, precision="fp32",
-                train_sampling_strategy="random", save_strategy="no", eval_strategy="no", logging_strategy="no",
-                report_to="none", disable_tqdm=True,
-            ),
-            objective=token_level(0.0, divergence_of(f"js:beta={BETA}", temperature=1.0)).objective, teacher=teacher,
-            train_dataset=[{"input_ids": ids[:-1], "labels": ids[1:]} for ids in language_data(samples)],
-        )  # fmt: skip
-        return trained(trainer, PrinterCallback, TrainerCallback)
+    objective = token_level(0.0, divergence_of(f"js:beta={BETA}", temperature=1.0)).objective
+    rows = [{"input_ids": ids[:-1], "labels": ids[1:]} for ids in language_data(samples)]
+    return trained_in_kd(language_models(), objective, rows, batch)
 
 
 def language_in_trl(case: str, samples: int, batch: int) -> Clock:

@@ -169,8 +169,8 @@ class DiscreteKeyValueBottleneck(nn.Module):
 
     @torch.no_grad()
     def add(self, codes: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
-        """Adds examples with labels (rows,) to counted values. codes and mask are as in `decode`. No example is needed
-        twice, and the order of examples has no effect. Raises ValueError for trained values.
+        """Adds examples with labels (rows,) to counted values. codes and mask are as in `decode`. The order of
+        examples has no effect. Raises ValueError for trained values.
         """
         counts = self._counts()
         self._set_counts(counts + count_labels(codes, labels, counts, mask))
