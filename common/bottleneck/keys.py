@@ -33,7 +33,10 @@ def nearest_keys(heads: Tensor, keys: Tensor) -> Tensor:
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        return torch.cat([_nearest(rows, *table, run) for rows in heads.split(block)])
+        codes = heads.new_empty(heads.shape[:2], dtype=torch.long)
+        for rows, found in zip(heads.split(block), codes.split(block), strict=True):
+            found.copy_(_nearest(rows, *table, run))  # small results kept between large blocks would fragment memory
+        return codes
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
