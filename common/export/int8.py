@@ -73,7 +73,8 @@ class Int8Bottleneck(DiscreteKeyValueBottleneck):
         self.register_buffer("projection", bottleneck.projection)
         self.register_buffer("values", values)  # (C * K, value_dim)
         self.register_buffer("scale", scale)  # (C * K, 1)
-        self.decoder = None if bottleneck.decoder is None else Int8Linear(bottleneck.decoder)
+        linear = bottleneck.decoder
+        self.decoder = None if linear is None else Int8Linear(linear)  # type: ignore[assignment]
         self.label_counts = None
 
     scale: Tensor
