@@ -65,7 +65,9 @@ def embeddings(source: Source, cache: str) -> tuple[dict[str, Tensor], list[str]
 
 
 def embed_texts(source: Source) -> tuple[dict[str, Tensor], list[str]]:
-    """Mean hidden states of the encoder, which is fine-tuned only on the classes `tuned_on`."""
+    """Mean hidden states of the encoder, which is fine-tuned only on the classes `tuned_on`. In fp32, as in `forget.py`;
+    of a fine-tuned encoder in the precision of its training.
+    """
     if source.encoder is None:
         raise UserError("texts need --encoder NAME, a Hub name or folder")
     data = load_text_data(source.dataset, label_column=source.label_column)
@@ -73,10 +75,11 @@ def embed_texts(source: Source) -> tuple[dict[str, Tensor], list[str]]:
     texts = Texts.of(data, classifier.tokenizer)
     if source.tuned_on:
         fine_tune(classifier.model, texts, [data.label_names.index(name) for name in source.tuned_on])
+    precision = resolve_precision("auto") if source.tuned_on else "fp32"
     model = BottleneckClassifier.from_encoder(classifier.encoder, {0: "none"}, "mean", codebooks=1, codebook_size=1)
     found = {}
     for split, rows in texts.splits.items():
-        found[split] = torch.stack(embed_samples(model, rows, texts.collate, "fp32")).cpu()
+        found[split] = torch.stack(embed_samples(model, rows, texts.collate, precision)).cpu()
         found[f"{split}_labels"] = torch.tensor(rows["labels"])
     return found, data.label_names
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import Namespace
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -21,12 +22,9 @@ SHORT = ["--kind", "images", "--dataset", "digits", "--images", 300, "--codebook
 def benchmark(monkeypatch):
     """The modules of the benchmark."""
     monkeypatch.syspath_prepend(REPO / "benchmarks")
-    import heads
-    import stream_heads
-    import streams
-
-    yield SimpleNamespace(heads=heads, stream_heads=stream_heads, streams=streams)
-    for name in ("heads", "stream_heads", "streams", "embeddings"):
+    names = "heads", "stream_heads", "streams"
+    yield SimpleNamespace(**{name: import_module(name) for name in names})
+    for name in (*names, "embeddings"):
         sys.modules.pop(name, None)
 
 
