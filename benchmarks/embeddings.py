@@ -65,8 +65,8 @@ def embeddings(source: Source, cache: str) -> tuple[dict[str, Tensor], list[str]
 
 
 def embed_texts(source: Source) -> tuple[dict[str, Tensor], list[str]]:
-    """Mean hidden states of the encoder, which is fine-tuned only on the classes `tuned_on`. In fp32, as in `forget.py`;
-    of a fine-tuned encoder in the precision of its training.
+    """Mean hidden states of the encoder, which is fine-tuned only on the classes `tuned_on`. In fp32, as `forget.py`
+    embeds texts; those of a fine-tuned encoder in the precision of its training.
     """
     if source.encoder is None:
         raise UserError("texts need --encoder NAME, a Hub name or folder")

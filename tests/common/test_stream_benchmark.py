@@ -123,8 +123,7 @@ def test_replay_stores_a_uniform_sample(benchmark):
     assert counts.sum() == 2000 and 30 < counts.min() and counts.max() < 70  # 50 expected, standard deviation 6
 
 
-def test_a_run_on_digits(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(REPO / "benchmarks")
+def test_a_run_on_digits(tmp_path):
     words = [*SHORT, "--cache", tmp_path / "cache", "--output"]
     run_script("benchmarks/streams.py", *words, tmp_path / "heads.json")
     found = json.loads((tmp_path / "heads.json").read_text())["records"]
