@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import import_module
 from typing import Any
 
 import gymnasium
@@ -21,8 +22,7 @@ from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
 sys.path.insert(0, str(REPO / "benchmarks"))
-import policy_games
-import policy_streams
+policy_games, policy_streams = (import_module(f"policy_{name}") for name in ("games", "streams"))
 
 
 def test_students_of_two_games_end_to_end(tmp_path):
