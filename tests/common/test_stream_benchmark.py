@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.utils.errors import UserError
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
@@ -28,12 +29,17 @@ def benchmark(monkeypatch):
         sys.modules.pop(name, None)
 
 
+def stream_of(benchmark, cache, **words):
+    """A stream of digits in four groups."""
+    usual = {"kind": "images", "dataset": ["digits"], "images": 300, "groups": 4, "cache": str(cache), "codebooks": 4,
+             "key_dim": 6, "tune_encoder": False, "domains": None, "without": [], "label_column": [],
+             "encoder": None}  # fmt: skip
+    return benchmark.streams.Stream(Namespace(**{**usual, **words}), seed=1)
+
+
 @pytest.fixture
 def stream(benchmark, tmp_path):
-    words = {"tune_encoder": False, "domains": None, "without": ["3"], "label_column": [], "encoder": None}
-    args = Namespace(kind="images", dataset=["digits"], images=300, groups=4, cache=str(tmp_path), codebooks=4,
-                     key_dim=6, **words)  # fmt: skip
-    return benchmark.streams.Stream(args, seed=1)
+    return stream_of(benchmark, tmp_path, without=["3"])
 
 
 def test_forgetting_of_a_matrix(benchmark):
@@ -49,6 +55,31 @@ def test_the_stream_has_every_row_once_group_after_group(stream):
     assert len(rows) == len(stream.labels["train"]) and torch.equal(rows.sort().values, torch.arange(len(rows)))
     classes = [set(stream.labels["train"][group].tolist()) for group in groups]
     assert sorted(map(len, classes)) == [2, 2, 2, 3] and len(set.union(*classes)) == 9  # of 9 classes, without one
+
+
+def test_with_domains_every_group_has_classes_of_each(benchmark, tmp_path):
+    (tmp_path / "domains.json").write_text(json.dumps({"low": list("01234"), "high": list("56789")}))
+    stream = stream_of(benchmark, tmp_path, domains=str(tmp_path / "domains.json"))
+    for group in stream.stream():
+        assert set(stream.labels["train"][group].tolist()) == {0, 1}
+    with pytest.raises(UserError, match="--groups must be between 2 and 5"):
+        stream_of(benchmark, tmp_path, domains=str(tmp_path / "domains.json"), groups=6)
+
+
+def test_with_several_datasets_predictions_are_restricted_to_the_classes_of_each(benchmark, tmp_path):
+    stream = stream_of(benchmark, tmp_path, dataset=["digits", "digits"])
+    _, rows = stream.prepare(benchmark.streams.Keys(16))
+    assert stream.classes == 20 and stream.groups == 2
+
+    class Always(benchmark.heads.Head):
+        """The same logits for all rows: class 3 of the first dataset is the highest, then class 4 of the second."""
+
+        def forward(self, rows):
+            return torch.zeros(len(rows), 20).index_fill(1, torch.tensor([14]), 1).index_fill(1, torch.tensor([3]), 2)
+
+    expected = (rows["test"].labels == 3) | (rows["test"].labels == 14)
+    assert torch.equal(stream.right(Always(), "test", 1), expected)
+    assert stream.weights("test").sum() == pytest.approx(1)
 
 
 def test_counted_values_do_not_depend_on_order_and_batches(benchmark, stream):
