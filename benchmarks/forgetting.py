@@ -23,18 +23,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from forgetting_data import embeddings
-from forgetting_heads import (
-    WAYS,
-    Counted,
-    Head,
-    NearestMean,
-    Ridge,
-    Rows,
-    Trained,
-    add_class,
-    candidates,
-)
+from embeddings import Source, embeddings
+from forgetting_ways import WAYS, add_class, candidates
+from heads import Counted, Head, NearestMean, Ridge, Rows, Trained
 from scipy.stats import t
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -68,7 +59,7 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/benchmark/forgetting", help="Folder of the embeddings.")
     parser.add_argument("--output", default="forgetting.json", help="File of all figures; .md holds the tables.")
     args = parser.parse_args()
-    found = embeddings(args)
+    found, _ = embeddings(Source(args.kind, args.dataset, args.encoder, args.images), args.cache)
     forgotten, added = list[Record](), list[Record]()
     for seed in tqdm(range(args.seeds), desc="seeds"):
         torch.manual_seed(seed)

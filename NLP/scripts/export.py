@@ -4,11 +4,11 @@
     python NLP/scripts/export.py runs/NLP/clinc/student --dataset clinc_oos --formats onnx-int8 \\
         --teacher runs/NLP/clinc/stages/teacher --output_dir exported
 
-Writes model.onnx, model_int8.onnx and model_int8.safetensors (int8 weights for torch), the tokenizer, the labels
-(config.json), the results (export.json), and a table with the code that loads the files (export.md). The fp32 ONNX
-graph must reproduce the student's logits on all labelled validation and test texts; otherwise nothing is written. The
-int8 models are compared with the student by their metrics and agreement. Everything runs on the CPU. To export without
-a dataset, use `python -m kd.common.export`.
+Writes model.onnx, model_int8.onnx and model_int8.safetensors (int8 weights, and values of a bottleneck, for torch),
+the tokenizer, the labels (config.json), the results (export.json), and a table with the code that loads the files
+(export.md). The fp32 ONNX graph must reproduce the student's logits on all labelled validation and test texts;
+otherwise nothing is written. The int8 models are compared with the student by their metrics and agreement. Everything
+runs on the CPU. To export without a dataset, use `python -m kd.common.export`.
 """
 
 from pathlib import Path
@@ -36,6 +36,7 @@ from accelerate import PartialState
 from safetensors.torch import save_model
 from transformers import PreTrainedModel
 
+from kd.common.bottleneck.sizes import sizes
 from kd.common.export.exportable import (
     LOAD_ONNX,
     RECORD,
@@ -48,7 +49,7 @@ from kd.common.export.int8 import load_int8, quantize_dynamic
 from kd.common.export.onnx import OnnxModel, quantize_onnx, to_onnx
 from kd.common.metrics.cost import interleaved_latency, megabytes
 from kd.common.reporting.saved_models import parse_with_recipe, saved_model
-from kd.common.reporting.tables import markdown, number, print_rich
+from kd.common.reporting.tables import markdown, number, print_rich, words
 from kd.common.training.inference import NOT_INPUTS
 from kd.common.utils.devices import command, environment
 from kd.common.utils.files import write_json, write_text, writing_folder
@@ -107,6 +108,8 @@ def main() -> None:
         texts.collate.tokenizer.save_pretrained(partial)
         write_json(partial / RECORD, results)
         write_text(partial / "export.md", report(results, student, texts, folder))
+    if byte_counts := byte_table(results):
+        print_rich(*byte_counts, title="bytes of the parts")
     print_rich(*table(results), title=f"{args.student}, exported", below=f"export: {folder}")
 
 
@@ -145,6 +148,7 @@ def measure(models: Models, logits: dict[str, dict[str, np.ndarray]], folder: Pa
             "latency_ms": latencies[name],
             "speedup": latencies["student"]["median"] / latencies[name]["median"],
             "metrics": metrics_by_split(texts, logits[name], logits["student"]),
+            "bytes": sizes(model),
         }
         for name, (model, texts) in models.items()
     }
@@ -161,6 +165,15 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         figures += [entry["metrics"][split].get("agreement") for split in splits]
         rows.append([TITLES[name], *map(number, figures)])
     return header + [f"{split} agreement" for split in splits], rows
+
+
+def byte_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """A row for each part of the models with a bottleneck, and for the codes of a text; None without such models."""
+    found = {TITLES[name]: entry["bytes"] for name, entry in results["models"].items() if entry["bytes"]}
+    if not found:
+        return None
+    parts = next(iter(found.values()))
+    return ["bytes", *found], [[words(part), *(number(row[part]) for row in found.values())] for part in parts]
 
 
 def report(results: dict[str, Any], student: PreTrainedModel, texts: Texts, folder: Path) -> str:
@@ -180,6 +193,7 @@ def report(results: dict[str, Any], student: PreTrainedModel, texts: Texts, fold
     sections = [
         f"# {results['student']}, exported",
         markdown(*table(results)),
+        *([markdown(*byte_counts)] if (byte_counts := byte_table(results)) else []),
         f"Task {results['task']}. Latency: one text of median length, measured alternately on {environment['device']} "
         f"(threads: {environment['threads']}) with torch {environment['torch']} and ONNX Runtime "
         f"{environment['onnxruntime']}. Agreement: the share of predictions that equal those of the student in torch "

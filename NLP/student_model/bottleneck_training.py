@@ -5,6 +5,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from kd.common.bottleneck.training import Samples, train_bottleneck
+from kd.common.data.fingerprints import dataset_hash
 from kd.common.pretrained import stage_loader
 from kd.common.training.arguments import Keys
 from kd.common.training.inference import column_array
@@ -120,7 +121,7 @@ def add_bottleneck(
 
 def samples_of(texts: Texts, rows: Dataset) -> Samples:
     labels, sample_ids = (torch.from_numpy(column_array(rows, name)) for name in ("labels", "sample_id"))
-    return Samples(rows, texts.collate, labels, sample_ids)
+    return Samples(rows, texts.collate, labels, sample_ids, dataset_hash(rows))
 
 
 def _random_rows(rows: Dataset, most: int, seed: int) -> Dataset:

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedModel
 
+from kd.common.bottleneck.sizes import sizes
 from kd.common.data.sources import print_notes
 from kd.common.metrics.cost import cost
 from kd.common.metrics.entities import OUTSIDE
@@ -195,10 +196,11 @@ def report(
     teacher_is_shared = run.shared == run.folder / ".." and student is not None
     extra: dict[str, Any] = {"shared_by_all_seeds": "the teacher"} if teacher_is_shared else {}
     extra |= others
-    keys = {role: m.config.key_statistics for role, m in trained.items() if isinstance(m, BottleneckClassifier)}
-    results = _results(
-        run, inputs, method, models, measurements=measurements, **extra, **({"keys": keys} if keys else {})
-    )
+    with_bottleneck = {role: model for role, model in trained.items() if isinstance(model, BottleneckClassifier)}
+    if with_bottleneck:
+        extra["keys"] = {role: model.config.key_statistics for role, model in with_bottleneck.items()}
+        extra["bytes"] = {role: sizes(model) for role, model in with_bottleneck.items()}
+    results = _results(run, inputs, method, models, measurements=measurements, **extra)
     data = inputs.data
     usage = usage_of(student, "text_pair" in data.splits["train"].column_names, data.task)
     card = card_of(run, usage, pipeline_tag(data.task), KNOWN)

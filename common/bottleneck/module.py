@@ -31,6 +31,7 @@ from kd.common.bottleneck.keys import (
 from kd.common.utils.errors import UserError
 
 STATISTICS_ROWS = 8192  # embeddings per chunk of key_statistics
+STATISTICS = "usage", "perplexity", "quantisation_error"
 LOWEST = -1e4  # logit of a forgotten class after a linear decoder; finite also in fp16
 
 Split = Literal["segment", "projection"]
@@ -124,6 +125,11 @@ class DiscreteKeyValueBottleneck(nn.Module):
         if self.decoder is not None:
             self.decoder.reset_parameters()
 
+    @property
+    def code_bits(self) -> int:
+        """Bits of the codes of one embedding: codebooks x ceil(log2 K)."""
+        return self.codebooks * (self.codebook_size - 1).bit_length()
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The values train with --value_learning_rate and without weight decay, which would shrink unused values."""
         return {"value": [self.values]} if self.values.requires_grad else {}
@@ -152,14 +158,17 @@ class DiscreteKeyValueBottleneck(nn.Module):
         weights = torch.ones(codes.shape[:2], device=codes.device) if mask is None else mask.float()
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         rows = codes.long() + torch.arange(self.codebooks, device=codes.device) * self.codebook_size
-        table = rearrange(self.values, "c k value -> (c k) value")
         with torch.autocast(codes.device.type, enabled=False):
             if self.decoder is None:
                 weights = repeat(weights / self.codebooks, "batch n -> batch (c n)", c=self.codebooks)
-                return weighted_bag(rearrange(rows, "batch n c -> batch (c n)"), table, weights)
+                return self.fetch(rearrange(rows, "batch n c -> batch (c n)"), weights)
             weights = repeat(weights, "batch n -> (batch c) n", c=self.codebooks)
-            fetched = weighted_bag(rearrange(rows, "batch n c -> (batch c) n"), table, weights)
+            fetched = self.fetch(rearrange(rows, "batch n c -> (batch c) n"), weights)
             return self.decoder(rearrange(fetched, "(batch c) value -> batch (c value)", c=self.codebooks))
+
+    def fetch(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sums (bags, value_dim) of rows (bags, n) of the table of all values (C * K, value_dim)."""
+        return weighted_bag(rows, rearrange(self.values, "c k value -> (c k) value"), weights)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (batch, num_outputs) of embeddings (batch, dim), or (batch, positions, dim) with a mask."""

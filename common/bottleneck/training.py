@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.bottleneck.module import STATISTICS, DiscreteKeyValueBottleneck
+from kd.common.bottleneck.stored_codes import Tensors, pack_codes, stored_tensors, unpack_codes
+from kd.common.data.fingerprints import outputs_key
 from kd.common.training.arguments import Keys
 from kd.common.training.inference import Collate, identity_collate, run_inference
 from kd.common.training.trainer_run import TrainerRun
@@ -100,12 +102,16 @@ def add_samples(bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset, ba
 
 @dataclass(frozen=True)
 class Samples:
-    """The rows of a split as a dataset for the encoder, and their labels and sample ids (samples,)."""
+    """The rows of a split as a dataset for the encoder, and their labels and sample ids (samples,).
+
+    fingerprint: of the inputs of the encoder.
+    """
 
     rows: Any
     collate: Collate
     labels: Tensor
     sample_ids: Tensor
+    fingerprint: str
 
 
 def set_keys(
@@ -166,6 +172,7 @@ def train_bottleneck(
     **trainer: Any,
 ) -> Any:
     """Sets the keys, then (unless they are `reused`) trains the values on cached codes, or counts labels at each key.
+    Keys and codes are stored in the folder `codes` of the run.
 
     Args:
         model: a PreTrainedModel with `embed(**inputs)`, an untrained `bottleneck`, and a forward that accepts `codes`.
@@ -174,35 +181,54 @@ def train_bottleneck(
         key_rows: samples to which new keys are fitted. Default: all rows of `train`.
         batch_size: samples per batch of the encoder.
         trainer: further arguments of KDTrainer.
+
+    Raises UserError if the folder `codes` is damaged or has other codes.
     """
     model.to(best_device())
     bottleneck: DiscreteKeyValueBottleneck = model.bottleneck
     counted = bottleneck.label_counts is not None
     precision = "fp32" if counted else run.args.precision  # an example is forgotten by its codes, without rounding
+    splits = {} if keys == "reused" else {"train": train}
+    if validation is not None and splits and not counted:
+        splits["validation"] = validation
     key_rows = train.rows if key_rows is None else key_rows
-    embeddings = embed_samples(model, key_rows, train.collate, precision, batch_size)
-    vectors = pack(embeddings, "* d")[0].to(model.device)
-    model.config.key_statistics = set_keys(bottleneck, keys, source, vectors, run.args.seed)
+
+    def compute() -> Tensors:
+        embeddings = embed_samples(model, key_rows, train.collate, precision, batch_size)
+        vectors = pack(embeddings, "* d")[0].to(model.device)
+        statistics = set_keys(bottleneck, keys, source, vectors, run.args.seed)
+        found = {name: torch.tensor(value, dtype=torch.float64) for name, value in statistics.items()}
+        found |= bottleneck.state_dict()
+        for split, samples in splits.items():
+            if samples.rows is key_rows and embeddings[0].dim() == 1:
+                codes = list(bottleneck.encode(vectors).to(torch.uint16).cpu())
+            else:
+                codes = encode_samples(model, samples.rows, samples.collate, precision, batch_size)
+            found |= pack_codes(split, codes)
+        return found
+
+    determines = {
+        "keys": [keys, None if source is None else outputs_key(source), len(key_rows), run.args.seed, precision],
+        "data": [train.fingerprint, *(samples.fingerprint for samples in splits.values())],
+    }
+    found = stored_tensors(run.folder / "codes" / stage, outputs_key(model, determines), compute)
+    model.config.key_statistics = {name: found[name].item() for name in STATISTICS}
+    bottleneck.load_state_dict({name: found[name] for name in bottleneck.state_dict()})
     if keys == "reused":
         return model
-    if key_rows is train.rows and embeddings[0].dim() == 1:
-        codes = list(bottleneck.encode(vectors).to(torch.uint16).cpu())
-    else:
-        codes = encode_samples(model, train.rows, train.collate, precision, batch_size)
-
-    train_dataset, eval_dataset = CodeDataset(codes, train.labels, train.sample_ids), None
+    datasets = {
+        split: CodeDataset(unpack_codes(split, found), samples.labels, samples.sample_ids)
+        for split, samples in splits.items()
+    }
     if counted:
-        add_samples(bottleneck, train_dataset)
+        add_samples(bottleneck, datasets["train"])
         return model
-    if validation is not None:
-        codes = encode_samples(model, validation.rows, validation.collate, precision, batch_size)
-        eval_dataset = CodeDataset(codes, validation.labels, validation.sample_ids)
     return run.train(
         stage,
         model,
         overrides,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("validation"),
         data_collator=identity_collate,
         **trainer,
     )

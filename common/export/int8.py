@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_model
 from torch import Tensor, nn
+
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 
 
 class Int8Linear(nn.Module):
@@ -55,17 +58,48 @@ class Int8Embedding(nn.Module):
         return F.embedding(ids, self.weight) * F.embedding(ids, self.scale)
 
 
+class Int8Bottleneck(DiscreteKeyValueBottleneck):
+    """A bottleneck for inference whose values are int8 with one scale per key; its linear decoder is int8 too.
+
+    Keys stay fp32: rounding them would change codes. What fits keys or counts labels is left out.
+    """
+
+    def __init__(self, bottleneck: DiscreteKeyValueBottleneck) -> None:
+        nn.Module.__init__(self)
+        for name in ("codebooks", "codebook_size", "dim", "key_dim", "value_dim"):
+            setattr(self, name, getattr(bottleneck, name))
+        values, scale = _to_int8(rearrange(bottleneck.values.detach(), "c k value -> (c k) value"))
+        self.register_buffer("keys", bottleneck.keys)
+        self.register_buffer("projection", bottleneck.projection)
+        self.register_buffer("values", values)  # (C * K, value_dim)
+        self.register_buffer("scale", scale)  # (C * K, 1)
+        linear = bottleneck.decoder
+        self.decoder = None if linear is None else Int8Linear(linear)  # type: ignore[assignment]
+        self.label_counts = None
+
+    scale: Tensor
+
+    def fetch(self, rows: Tensor, weights: Tensor) -> Tensor:
+        scaled = F.embedding(rows, self.scale) * rearrange(weights, "bag n -> bag n 1")
+        return (F.embedding(rows, self.values) * scaled).sum(1)
+
+
 def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantizes rows (rows, width); returns int8 values and scales (rows, 1)."""
     scale = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) / 127
     return (x / scale).round().to(torch.int8), scale
 
 
-INT8: dict[type[nn.Module], Any] = {nn.Linear: Int8Linear, nn.Embedding: Int8Embedding}
+INT8: dict[type[nn.Module], Any] = {
+    nn.Linear: Int8Linear,
+    nn.Embedding: Int8Embedding,
+    DiscreteKeyValueBottleneck: Int8Bottleneck,
+}
 
 
 def quantize_dynamic(model: nn.Module) -> Any:
-    """Returns a copy of `model` in eval mode with int8 linear layers and embeddings, stored as plain tensors.
+    """Returns a copy of `model` in eval mode with int8 linear layers, embeddings and values of bottlenecks, stored as
+    plain tensors.
 
     Subclasses of nn.Linear and nn.Embedding stay fp32, because other modules may read their weights.
     """

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import FrozenEncoderConfig, FrozenEncoderModel, Samples, train_bottleneck
+from kd.common.data.fingerprints import data_fingerprint
 from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.outputs import Outputs
 from kd.common.training.arguments import Keys
@@ -89,7 +90,8 @@ def replace_head(
 
 def _samples(data: ImageData, split: str) -> Samples:
     labels = data.splits[split].labels
-    return Samples(data.views(split, best_device()), identity_collate, labels, torch.arange(len(labels)))
+    fingerprint = data_fingerprint([data.fingerprint, data.config, split, len(labels)])
+    return Samples(data.views(split, best_device()), identity_collate, labels, torch.arange(len(labels)), fingerprint)
 
 
 def cached_logits(run: ImageRun, data: ImageData, teacher: ImageClassifier) -> TeacherOutputs:

@@ -236,10 +236,11 @@ class ImageRun(TrainerRun):
         """
         data, split = self.data, self.data.selection_split
         parts = {role: entry["parts"] for role, entry in entries.items() if entry and "parts" in entry}
-        keys = {role: entry["keys"] for role, entry in entries.items() if entry and "keys" in entry}
-        extra = others | ({"keys": keys} if keys else {})
+        for name in ("keys", "bytes"):  # only with a bottleneck
+            if found := {role: entry[name] for role, entry in entries.items() if entry and name in entry}:
+                others[name] = found
         models = {
-            role: entry and {name: value for name, value in entry.items() if name not in ("parts", "keys")}
+            role: entry and {name: value for name, value in entry.items() if name not in ("parts", "keys", "bytes")}
             for role, entry in entries.items()
         }
         sizes = {s: len(data.splits[s]) if s in data.splits else None for s in ("train", "validation", "test")}
@@ -257,7 +258,7 @@ class ImageRun(TrainerRun):
             data_notes="; ".join(data.notes) or "none",
             parameters_of_parts={role: part["parameters"] for role, part in parts.items()},
             flops_of_parts={role: part["flops"] for role, part in parts.items()},
-            **extra,
+            **others,
         )
 
     def write_results(

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, CLIPImageProcessor, EvalPrediction, PreTrainedModel, ViTImageProcessor
 
+from kd.common.bottleneck.sizes import sizes
 from kd.common.metrics.cost import cost, flops, parameters
 from kd.common.metrics.quality import agreement, calibration_metrics, classification_metrics, top_k_accuracy
 from kd.common.metrics.verdict import Measurement, measure_classes
@@ -70,7 +71,7 @@ def evaluate(
     if isinstance(model, ImageClassifier):
         entry["parts"] = cost_of_parts(model, image)
         if keys := getattr(model.config, "key_statistics", None):  # only with a bottleneck
-            entry["keys"] = keys
+            entry |= {"keys": keys, "bytes": sizes(model)}
     return entry, logits
 
 

@@ -182,14 +182,17 @@ class StudentNetwork(PolicyNetwork):
 
     def prepare(self, observations: Tensor) -> None:
         """Fits the keys of a bottleneck, or the statistics of a student that has none of its teacher, to the first
-        observations (rows, ...).
+        observations (rows, ...). Does nothing if they are fitted already.
         """
         observations = self.part(observations).to(self.device)
-        if isinstance(self.policy.features_extractor, BottleneckFeatures):
-            self.policy.features_extractor.fit(observations)
+        features = self.policy.features_extractor
+        if isinstance(features, BottleneckFeatures):
+            if not features.bottleneck.frozen:
+                features.fit(observations)
         elif self.fits and self.mean is not None and self.std is not None:
             for statistic, value in zip((self.mean, self.std), moments(observations), strict=True):
                 statistic.copy_(value)
+            self.fits = False
 
     @torch.no_grad()
     def set_value_scale(self, values: Tensor, preserve: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_keys_carried_writes_a_complete_run(carried, small):
     teacher, student = (load_file(carried / name / "model.safetensors") for name in ("stages/teacher", "student"))
     assert torch.equal(teacher["bottleneck.keys"], student["bottleneck.keys"])
     assert not torch.equal(teacher["bottleneck.values"], student["bottleneck.values"])
+    assert found["bytes"]["student"]["keys"] == student["bottleneck.keys"].numel() * 4
     control = load_file(carried / "stages" / "control" / "model.safetensors")
     assert not torch.equal(teacher["bottleneck.keys"], control["bottleneck.keys"])
 
@@ -429,6 +431,17 @@ def test_a_killed_run_continues_to_the_same_student(carried, small, tmp_path):
     assert not different
 
 
+def test_a_run_that_is_continued_reads_its_codes(carried, small, tmp_path, monkeypatch):
+    run = shutil.copytree(carried, tmp_path / "run")
+    for finished in ("results.json", "student", "stages/student"):
+        shutil.rmtree(run / finished) if (run / finished).is_dir() else (run / finished).unlink()
+    monkeypatch.setattr("kd.common.bottleneck.training.run_inference", None)  # neither embeds nor encodes
+    distill("keys_carried", "--dataset", small, "--output_dir", run, "--resume_from_checkpoint")
+    assert results(run)["keys"] == results(carried)["keys"]
+    whole, continued = (load_file(folder / "student" / "model.safetensors") for folder in (carried, run))
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
 # ---- invalid input: one line, exit code 2, no output files ----
 
 
@@ -559,7 +572,8 @@ def test_a_shell_script_runs_from_any_directory(small, tmp_path):
     assert (tmp_path / "here" / "student" / "model.safetensors").exists()
 
 
-def test_the_key_study_needs_an_aligned_student(tmp_path, small):
+def test_the_key_study_needs_an_aligned_student(tmp_path, small, monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
     (tmp_path / "stages" / "teacher_encoder").mkdir(parents=True)
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="has no aligned student"):
@@ -568,6 +582,7 @@ def test_the_key_study_needs_an_aligned_student(tmp_path, small):
 
 @pytest.mark.slow
 def test_the_key_study_fills_its_table(carried, small, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
     study = runpy.run_path(KEY_STUDY)
     study["SETTINGS"][:] = [study["SETTINGS"][0], study["SETTINGS"][-1]]
     words = ["key_study.py", carried, "--dataset", small, "--markdown", tmp_path / "keys.md"]
@@ -576,7 +591,7 @@ def test_the_key_study_fills_its_table(carried, small, tmp_path, monkeypatch):
     table = (tmp_path / "keys.md").read_text().splitlines()
     assert table[0].endswith("| carried | new | random | reused |")
     cells = [cell.strip() for row in table[2:4] for cell in row.split("|")[2:-1]]
-    assert cells[-1] == "-"  # reused keys are not trained
+    assert cells[-1] == "–"  # reused keys are not trained
     scores = [float(cell) for cell in cells[:-1]]
     assert all(0 <= score <= 1 for score in scores)
     assert len(set(scores)) > 2

@@ -177,6 +177,22 @@ def test_the_printed_code_loads_the_int8_weights_of_torch(exported, capsys):
     )
 
 
+def test_int8_values_keep_the_predictions_and_shrink_the_file(scoped, tmp_path):
+    student = saved("bottleneck", scoped, tmp_path / "student")
+    export(student, scoped, "--formats", "torch-int8")
+    found = figures(tmp_path / "export")["torch-int8"]
+    size = figures(tmp_path / "export")["student"]["bytes"]
+    assert found["metrics"]["test"]["agreement"] > 0.95
+    assert (size["keys"], size["values"], size["decoder"]) == (8 * 16 * 8 * 4, 8 * 16 * 16 * 4, (128 * 3 + 3) * 4)
+    assert size["counts"] == size["keys"] + 8 * 16 * 4 + 1  # sums and counts of moving averages, and a flag
+    assert size["codes_of_an_embedding"] == 4  # eight codebooks of 4 bits
+    fp32 = (student / "model.safetensors").stat().st_size
+    assert sum(size.values()) - 4 == pytest.approx(fp32, rel=0.02)
+    assert found["bytes"]["values"] == 8 * 16 * (16 + 4)
+    assert found["bytes"]["keys"] == size["keys"] and found["bytes"]["counts"] == 0
+    assert "| values | 8,192 | 2,560 |" in (tmp_path / "export" / "export.md").read_text()
+
+
 @torch.no_grad()
 @pytest.mark.slow
 def test_a_student_with_a_bottleneck(scoped, tmp_path):

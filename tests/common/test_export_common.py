@@ -1,5 +1,6 @@
 """Export of any model: equal outputs at any size, int8 by hand, reloading, and errors."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -198,6 +199,42 @@ def test_int8_weights_load_into_another_model_of_the_same_shape(mixed, tmp_path:
     inputs = batch(3, 4)
     loaded = load_int8(Mixed(), tmp_path / "int8.safetensors")
     assert torch.equal(loaded(**inputs).logits, small(**inputs).logits)
+
+
+class WithBottleneck(nn.Module):
+    """A linear encoder before a bottleneck."""
+
+    def __init__(self, **shape: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Identity()
+        self.bottleneck = DiscreteKeyValueBottleneck(8, 3, codebooks=4, codebook_size=5, **shape)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.bottleneck(self.encoder(x), mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [{"value_dim": 6}, {"decoder": "mean"}, {"decoder": "mean", "split": "projection"}])
+def test_values_are_int8_with_a_scale_per_key(shape, tmp_path: Path):
+    torch.manual_seed(0)
+    model = WithBottleneck(**shape)
+    model.bottleneck.values.normal_().mul_(torch.logspace(-2, 2, 5).view(1, 5, 1))
+    model.bottleneck.freeze_keys()
+    save_model(quantize_dynamic(model), str(tmp_path / "int8.safetensors"))
+    stored = load_file(tmp_path / "int8.safetensors")
+    values = (stored["bottleneck.values"] * stored["bottleneck.scale"]).view_as(model.bottleneck.values)
+    half = model.bottleneck.values.abs().amax(-1, keepdim=True) / 127 / 2
+    assert stored["bottleneck.values"].dtype == torch.int8
+    assert ((values - model.bottleneck.values).abs() <= half * 1.001).all()
+    assert not {"bottleneck.key_sums", "bottleneck.key_counts"} & set(stored)  # only fitting keys needs them
+
+    loaded = load_int8(WithBottleneck(**shape), tmp_path / "int8.safetensors")
+    rounded = copy.deepcopy(model)
+    rounded.bottleneck.values.copy_(values)
+    for inputs in ((torch.randn(20, 8),), (torch.randn(20, 6, 8), torch.rand(20, 6) < 0.7)):
+        expected, tolerance = rounded(*inputs), 1e-6 if "decoder" in shape else 0.02  # the linear decoder is int8 too
+        scale = expected.abs().max()
+        torch.testing.assert_close(loaded(*inputs) / scale, expected / scale, rtol=0, atol=tolerance)
 
 
 # ---- exporting a student ----

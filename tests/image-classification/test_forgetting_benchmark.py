@@ -2,12 +2,10 @@
 
 import json
 
-from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
 
 
-def test_subtraction_equals_retraining(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(REPO / "benchmarks")
+def test_subtraction_equals_retraining(tmp_path):
     run_script("benchmarks/forgetting.py", "--dataset", "digits", "--images", 300, "--codebooks", 4, "--key_dim", 6,
                "--codebook_size", 8, "--seeds", 1, "--cache", tmp_path, "--output", tmp_path / "out.json")  # fmt: skip
     found = json.loads((tmp_path / "out.json").read_text())

@@ -255,9 +255,10 @@ def test_a_student_with_counted_values(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("keys", ["carried", "new", "reused"])
-def test_distilling_a_bottleneck_into_a_bottleneck(keys, teacher, tmp_path):
-    script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", teacher, "--keys", keys, "--codebook_size", 16,
-           "--codebooks", 16, "--value_epochs", 2, "--no_control", "--output_dir", tmp_path)  # fmt: skip
+def test_distilling_a_bottleneck_into_a_bottleneck(keys, teacher, tmp_path, monkeypatch):
+    words = [*SHORT, *PAIR, "--teacher", teacher, "--keys", keys, "--codebook_size", 16, "--codebooks", 16,
+             "--value_epochs", 2, "--no_control", "--output_dir", tmp_path]  # fmt: skip
+    script("distill_bottleneck.py", *words)
     results = results_of(tmp_path)
     assert results["method"] == f"keys_{keys}" and results["parameters_of_parts"]["student"]["head"] > 0
     student = weights(tmp_path)
@@ -269,6 +270,14 @@ def test_distilling_a_bottleneck_into_a_bottleneck(keys, teacher, tmp_path):
         script("distill_bottleneck.py", *SHORT, *PAIR, "--teacher", tmp_path / "stages" / "teacher", "--output_dir",
                tmp_path / "again")  # fmt: skip
     assert stopped.value.code == 2
+    if keys == "carried":
+        for finished in ("student", "stages/student"):
+            shutil.rmtree(tmp_path / finished)
+        (tmp_path / "results.json").unlink()
+        monkeypatch.setattr("kd.common.bottleneck.training.run_inference", None)  # codes are read, not computed
+        script("distill_bottleneck.py", *words, "--resume_from_checkpoint")
+        assert all(torch.equal(weights(tmp_path)[name], weight) for name, weight in student.items())
+        assert results_of(tmp_path)["bytes"]["student"] == results["bytes"]["student"]
     for name in aligned:  # the backbone is frozen, including its batch norms
         assert name.startswith("head.") or torch.equal(student[name], aligned[name]), name
 

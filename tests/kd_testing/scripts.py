@@ -32,10 +32,12 @@ def run_script(path: str, *arguments: object, draw: bool = False) -> None:
     first run of each script in this process, and runs with `draw`, draw their figures.
     """
     before, sys.argv = sys.argv, [str(REPO / path), *map(str, arguments)]
+    folders = [str((REPO / path).parent), *sys.path]
     save = Figure.savefig if draw or path not in DRAWN else _blank
     DRAWN.add(path)
     try:
-        with mock.patch.object(Figure, "__init__", _rough), mock.patch.object(Figure, "savefig", save):
+        figures = mock.patch.multiple(Figure, __init__=_rough, savefig=save)
+        with figures, mock.patch.object(sys, "path", folders):
             runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         sys.argv = before

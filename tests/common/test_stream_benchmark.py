@@ -1,0 +1,139 @@
+"""benchmarks/streams.py: forgetting, counted values in any order, one pass over the stream, and a short run."""
+
+import json
+import sys
+from argparse import Namespace
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd_testing.paths import REPO
+from kd_testing.scripts import run_script
+
+SHORT = ["--kind", "images", "--dataset", "digits", "--images", 300, "--codebooks", 4, "--codebook_size", 16,
+         "--key_dim", 6, "--groups", 5, "--orders", 2]  # fmt: skip
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The modules of the benchmark."""
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+    names = "heads", "stream_heads", "streams"
+    yield SimpleNamespace(**{name: import_module(name) for name in names})
+    for name in (*names, "embeddings"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def stream(benchmark, tmp_path):
+    words = {"tune_encoder": False, "domains": None, "without": ["3"], "label_column": [], "encoder": None}
+    args = Namespace(kind="images", dataset=["digits"], images=300, groups=4, cache=str(tmp_path), codebooks=4,
+                     key_dim=6, **words)  # fmt: skip
+    return benchmark.streams.Stream(args, seed=1)
+
+
+def test_forgetting_of_a_matrix(benchmark):
+    matrix = [[0.9, 0.0, 0.0], [0.7, 0.8, 0.0], [0.4, 0.8, 1.0]]
+    assert benchmark.streams.forgetting(matrix) == pytest.approx(((0.9 - 0.4) + 0.0) / 2)
+    better_later = [[0.5, 0.0, 0.0], [0.6, 0.8, 0.0], [0.7, 0.5, 1.0]]  # a gain counts against the losses
+    assert benchmark.streams.forgetting(better_later) == pytest.approx((-0.1 + 0.3) / 2)
+
+
+def test_the_stream_has_every_row_once_group_after_group(stream):
+    groups = list(stream.stream())
+    rows = torch.cat(groups)
+    assert len(rows) == len(stream.labels["train"]) and torch.equal(rows.sort().values, torch.arange(len(rows)))
+    classes = [set(stream.labels["train"][group].tolist()) for group in groups]
+    assert sorted(map(len, classes)) == [2, 2, 2, 3] and len(set.union(*classes)) == 9  # of 9 classes, without one
+
+
+def test_counted_values_do_not_depend_on_order_and_batches(benchmark, stream):
+    keys = benchmark.streams.Keys(16)
+    bottleneck, rows = stream.prepare(keys)
+    train, found = rows["train"], []
+    in_order = torch.cat(list(stream.stream()))
+    for order, size in ((in_order, len(train)), (in_order, 7), (torch.randperm(len(train)), 32)):
+        head = benchmark.heads.Counted(bottleneck, stream.classes)
+        for part in order.split(size):
+            head.fit(train[part])
+        found.append(head.bottleneck.values)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("selected", [1, 3])
+@pytest.mark.parametrize("linear_decoder", [False, True])
+def test_streamed_values_have_the_logits_of_the_bottleneck_and_change_where_selected(
+    benchmark, selected, linear_decoder
+):
+    torch.manual_seed(0)
+    decoder, value_dim = ("linear", benchmark.stream_heads.VALUE_DIM) if linear_decoder else ("mean", 5)
+    bottleneck = DiscreteKeyValueBottleneck(8, 5, 2, 6, decoder=decoder, value_dim=value_dim)
+    embedded = torch.randn(4, 8)
+    codes = benchmark.streams.nearest(bottleneck, embedded, selected)
+    first = codes if selected == 1 else codes[:, 0]
+    assert torch.equal(first, bottleneck.encode(embedded))
+    values = benchmark.stream_heads.Values(bottleneck, 5, linear_decoder)
+    with torch.no_grad():
+        values.table.normal_()
+        bottleneck.values.copy_(values.table.view_as(bottleneck.values))
+        if linear_decoder:
+            bottleneck.decoder.load_state_dict(values.decoder.state_dict())
+    rows = benchmark.heads.Rows(embedded, codes, torch.tensor([0, 1, 2, 3]))
+    mask = None if selected == 1 else torch.ones(4, selected)
+    assert_close(values(rows), bottleneck.decode(codes, mask))
+
+    before = values.table.detach().clone()
+    benchmark.stream_heads.OneStep(values, 0.5).fit(rows)
+    changed = (values.table != before).any(1).view(2, 6)
+    assert torch.equal(changed, torch.zeros(2, 6).index_put((torch.arange(2), codes), torch.tensor(1.0)).bool())
+
+
+def test_the_linear_discriminant_is_that_of_scikit_learn(benchmark):
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    embedded = torch.randn(60, 4, generator=generator) + 2 * torch.eye(3, 4)[labels]
+    head = benchmark.stream_heads.Discriminant(4, 3, ridge=0.0)
+    for part in torch.arange(60).split(7):
+        head.fit(benchmark.heads.Rows(embedded[part], labels[part], labels[part]))
+    expected = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(embedded.numpy(), labels.numpy())
+    found = head(benchmark.heads.Rows(embedded, labels, labels)).log_softmax(1)
+    assert_close(found, torch.from_numpy(expected.predict_log_proba(embedded.numpy())).float(), atol=1e-4, rtol=1e-4)
+
+
+def test_replay_stores_a_uniform_sample(benchmark):
+    class Recorder(benchmark.heads.Head):
+        def fit(self, rows):
+            self.sizes = [*getattr(self, "sizes", []), len(rows)]
+
+    counts = torch.zeros(40)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        recorder = Recorder()
+        head = benchmark.stream_heads.Replay(recorder, 10)
+        for part in torch.arange(40).split(8):
+            head.fit(benchmark.heads.Rows(part, part, part))
+        assert recorder.sizes == [8, 16, 16, 16, 16]
+        counts[head.stored.labels] += 1
+    assert counts.sum() == 2000 and 30 < counts.min() and counts.max() < 70  # 50 expected, standard deviation 6
+
+
+def test_a_run_on_digits(tmp_path):
+    words = [*SHORT, "--cache", tmp_path / "cache", "--output"]
+    run_script("benchmarks/streams.py", *words, tmp_path / "heads.json")
+    found = json.loads((tmp_path / "heads.json").read_text())["records"]
+    heads = {record["head"] for record in found}
+    assert len(heads) == 11 and len(found) == 2 * len(heads)
+    for record in found:
+        assert 0 <= record["accuracy"] <= 1 and len(record["matrix"]) == (1 if record["forgetting"] is None else 5)
+        assert record["accuracy"] == pytest.approx(sum(record["matrix"][-1]) / 5)
+    counted = [record for record in found if record["head"] == "bottleneck, counted values"]
+    assert min(record["accuracy"] for record in counted) > 0.6
+    run_script("benchmarks/streams.py", *words, tmp_path / "keys.json", "--study", "keys", "--orders", 1)
+    table = (tmp_path / "keys.md").read_text()
+    assert table.count("\n| bottleneck") == 16 and "16 keys, 4 selected, stream" in table and "nan" not in table
