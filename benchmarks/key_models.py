@@ -1,6 +1,7 @@
 """The encoders of finished runs, and bottlenecks on their embeddings, for `key_study.py` and `carried_keys.py`."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -81,22 +82,29 @@ def teacher_encoder(folder: Path) -> str:
     return str(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))["teacher"])
 
 
+@cache
+def embedded(encoder: str, dataset: str, layers: int | None = None) -> tuple[Texts, Embeddings]:
+    """The texts in a teacher's tokens, and their embeddings by the teacher or by a cut. Several runs may share it."""
+    data = load_text_data(dataset)
+    classifier = load_classifier(encoder, data)
+    texts = Texts.of(data, classifier.tokenizer)
+    return texts, embed(classifier.encoder if layers is None else cut_layers(classifier.encoder, layers), texts)
+
+
 class KeyStudy:
     """The encoders of a run, and bottlenecks trained on their embeddings. `seed` is that of new keys."""
 
     def __init__(self, folder: Path, dataset: str, seed: int = 0) -> None:
-        self.data, self.seed = load_text_data(dataset), seed
         stages = folder / "stages"
         if not (folder / "results.json").exists():
             raise UserError(f"{folder} is not a finished run of distill_keys_carried.sh: pass such a run")
         if not (stages / "student_encoder").is_dir():
             raise UserError(f"{folder} has no aligned student: pass a run with --align_epochs above 0")
-        classifier = load_classifier(teacher_encoder(folder), self.data)
-        self.texts = Texts.of(self.data, classifier.tokenizer)
-        self.aligned = load_encoder(stages / "student_encoder")
-        unaligned = cut_layers(classifier.encoder, self.aligned.config.num_hidden_layers)
-        self.teacher = embed(classifier.encoder, self.texts)
-        self.student = {True: embed(self.aligned, self.texts), False: embed(unaligned, self.texts)}
+        self.texts, self.teacher = embedded(teacher_encoder(folder), dataset)
+        self.data, self.seed = self.texts.data, seed
+        self.encoder = load_encoder(stages / "student_encoder")
+        _, unaligned = embedded(teacher_encoder(folder), dataset, self.encoder.config.num_hidden_layers)
+        self.student = {True: embed(self.encoder, self.texts), False: unaligned}
         self.labels = torch.tensor(self.texts.train["labels"])
         self.teachers: dict[tuple[Decoder, int], tuple[DiscreteKeyValueBottleneck, TeacherOutputs]] = {}
         self.unused_folder = TemporaryDirectory()  # output_dir of the trainer, which saves nothing

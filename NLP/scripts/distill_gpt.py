@@ -20,7 +20,7 @@ from typing import Annotated
 from kd.common.cli import parse, reject_unused, show_help
 from kd.common.cli import run as run_main
 from kd.common.training.arguments import KDTrainingArguments
-from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range
+from kd.common.utils.ranges import MOST, Count, NotNegative, Positive, Range, ShareBelow1
 from kd.nlp.student_model.arguments import CUT, DIVERGENCE_NAMES, VOCABULARY_METHODS, StoredLogitsArguments
 from kd.nlp.student_model.on_policy_arguments import OnPolicyArguments
 from kd.nlp.teacher_model import MIN_VOCABULARY_SIZE, SCRATCH
@@ -60,6 +60,7 @@ class Arguments(StoredLogitsArguments, OnPolicyArguments):
 
     teacher_epochs: NotNegative = 2
     teacher_width: Count = 96
+    dropout: ShareBelow1 = 0.0
     vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] = 1024
     student_vocabulary_size: Annotated[int, Range(MIN_VOCABULARY_SIZE, MOST)] | None = field(
         default=None, metadata={"help": "Size of a BPE vocabulary of the student, for uld and shared_tokens."}
@@ -126,6 +127,7 @@ if __name__ == "__main__":
 
 from kd.common.data.sources import print_notes
 from kd.common.methods import check_name, parse_method
+from kd.common.utils.devices import use_one_thread
 from kd.common.utils.errors import UserError
 from kd.nlp.data.prompts import PromptData, load_language_data
 from kd.nlp.student_model.across_vocabularies import METHODS, AcrossVocabularies
@@ -158,6 +160,8 @@ def main() -> None:
         reject_unused("models of prompts are not evaluated on plain texts", args, "eval_dataset")
         data.check_template(teacher and teacher.tokenizer)
         task = PromptTask
+    if args.teacher == SCRATCH and args.teacher_width < 128:
+        use_one_thread()
     run = open_run(training, args, data, *named_models)
     task.of(run, args, data, *named_models).distill(run)
 

@@ -87,6 +87,7 @@ def random_gpt2(vocabulary: int, end: int, layers: int, width: int, positions: i
         n_embd=width,
         n_head=width // HEAD_WIDTH,
         n_positions=positions,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's function in one kernel
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,

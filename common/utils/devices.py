@@ -1,5 +1,6 @@
 """The computing environment of this process: device, ranks, precision, versions."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -30,6 +31,14 @@ def accelerator_type() -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context of a forward pass in this precision."""
     return torch.autocast(device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
+
+
+def use_one_thread() -> None:
+    """Uses one thread in this process, unless the environment has OMP_NUM_THREADS: small networks need more time with
+    several threads that wait passively.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def process() -> tuple[int, int]:

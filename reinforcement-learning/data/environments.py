@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecMonitor
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvIndices, VecEnvStepReturn
 from torch import Tensor
 
+from kd.common.utils.devices import use_one_thread
 from kd.common.utils.errors import UserError
 from kd.reinforcement_learning.data.observations import (
     is_box,
@@ -71,16 +72,12 @@ def is_vectorized(id: str) -> bool:
 
 
 def choose_threads(*ids: str) -> None:
-    """Uses one thread in this process if no environment has frames, unless the user has set OMP_NUM_THREADS: a policy
-    for vectors is too small for several threads.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        return
+    """Uses one thread if no environment has frames: a policy for vectors is too small for several threads."""
     for id in ids:
         with closing(Environments(id, 1)) as environments:
             if is_image_space(environments.observation_space):
                 return
-    torch.set_num_threads(1)
+    use_one_thread()
 
 
 class Environments:

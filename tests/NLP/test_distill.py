@@ -30,6 +30,7 @@ from transformers import (
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import set_keys
+from kd.common.reporting.tables import number
 from kd.common.utils.errors import UserError
 from kd.nlp.data.intents import load_intents
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
@@ -595,6 +596,35 @@ def test_the_key_study_fills_its_table(carried, small, tmp_path, monkeypatch):
     scores = [float(cell) for cell in cells[:-1]]
     assert all(0 <= score <= 1 for score in scores)
     assert len(set(scores)) > 2
+
+
+@pytest.mark.slow
+def test_the_study_of_carried_keys_fills_its_tables(carried, small, tmp_path):
+    pandas.DataFrame({"text": [f"a film of {n} hours" for n in range(40)]}).to_csv(tmp_path / "films.csv")
+    script = "benchmarks/carried_keys.py"
+    run_script(script, carried, "--dataset", small, "--others", tmp_path / "films.csv", "--markdown",
+               tmp_path / "keys.md", "--figure", tmp_path / "keys.png", draw=True)  # fmt: skip
+    accuracies, retrieved = (tmp_path / "keys.md").read_text().strip().split("\n\n")
+    titles = [row.split("|")[1].strip() for row in accuracies.splitlines()[2:]]
+    assert titles == ["carried", "new: all texts", "new: 100 texts", "new: 20 texts", "new: 40 texts of films.csv",
+                      "random"]  # fmt: skip
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+            for cells in (row.split("|") for row in retrieved.splitlines()[2:])}  # fmt: skip
+    width = BertConfig.from_pretrained(carried / "stages" / "student_encoder").hidden_size
+    assert rows["embeddings, fp32"][:2] == [number(width * 4.0), "–"]
+    assert rows["carried keys: equal codes"][0] == "36.00"
+    assert float(rows["carried keys: equal codes"][1]) > 5 * float(rows["new keys: equal codes"][1])
+    assert rows["new keys, store of the student"][1:3] == ["–", "–"]
+    assert (tmp_path / "keys.png").stat().st_size > 10_000
+
+
+def test_searches_by_codes_and_by_vectors(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+    found = runpy.run_path(str(REPO / "benchmarks" / "code_retrieval.py"))
+    store = torch.tensor([[1, 2, 3], [1, 2, 4], [5, 2, 4]])
+    assert found["most_equal"](torch.tensor([[1, 2, 4], [5, 0, 0], [0, 0, 3]]), store).tolist() == [1, 2, 0]
+    vectors, others = torch.randn(30, 6), torch.randn(50, 6)
+    assert torch.equal(found["closest"](vectors, others), torch.cdist(vectors, others).argmin(1))
 
 
 @pytest.mark.slow

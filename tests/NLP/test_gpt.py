@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+)
 
 from kd.common.outputs import Outputs
 from kd.common.training.trainer_run import TrainerRun
@@ -171,6 +178,16 @@ def test_logits_do_not_depend_on_their_labels():
         before, after = model(ids).logits, model(changed).logits
         torch.testing.assert_close(before[:, : t + 1], after[:, : t + 1])
         assert not torch.allclose(before[:, t + 1 :], after[:, t + 1 :])
+
+
+def test_networks_are_gpt2s():
+    """With the weights in transformers' GPT-2, whose activation is written in elementary operations."""
+    model = random_gpt2(50, 0, layers=2, width=32, positions=12, dropout=0.0).eval()
+    original = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_layer=2, n_embd=32, n_head=1, n_positions=12)).eval()
+    original.load_state_dict(model.state_dict())
+    ids = torch.randint(50, (2, 12))
+    assert original.config.activation_function != model.config.activation_function
+    torch.testing.assert_close(model(ids).logits, original(ids).logits)
 
 
 # ---- objective ----
