@@ -137,12 +137,9 @@ def linear(sizes: Sizes, rate: float) -> Head:
 
 
 COUNTED, PROBE = "bottleneck, counted values", "linear probe"  # the references of the tables
-BOTTLENECKS = [
+LEARNERS = [
     Learner(COUNTED, lambda sizes, _: Counted(sizes.keys, sizes.classes)),
     Learner("bottleneck, trained values", mean_values, half_decades(-1)),
-]
-LEARNERS = [
-    *BOTTLENECKS,
     Learner(
         "bottleneck, trained values, linear decoder",
         lambda sizes, rate: OneStep(Values(sizes.keys, sizes.classes, linear_decoder=True), rate),

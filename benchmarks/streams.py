@@ -15,7 +15,7 @@ A head's setting, its learning rate or ridge, is chosen by the accuracy on valid
 stream, and kept for all orders: of seven powers of ten, then of the best one and the halves of a decade next to it.
 Joint training takes several epochs on shuffled examples.
 Keys are fitted to the embeddings of all training examples, without labels, before the stream begins.
-`--study keys` varies them: their number, how many are selected, and what they are fitted to.
+`--study keys` varies them for counted values: their number, how many are selected, and what they are fitted to.
 
 Measures on test, after the last group: the mean of the accuracies of the groups, and forgetting, the mean over the
 earlier groups of the best accuracy of the group after any earlier group minus the last one.
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from embeddings import Source, embeddings
 from heads import Head, Rows
-from stream_heads import BOTTLENECKS, COUNTED, LEARNERS, PROBE, Learner, Sizes
+from stream_heads import COUNTED, LEARNERS, PROBE, Learner, Sizes
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -100,12 +100,13 @@ def compared(args: Namespace) -> Iterator[tuple[Keys, Learner]]:
         yield from ((usual, learner) for learner in LEARNERS)
         return
     sizes = [replace(usual, size=size) for size in (args.codebook_size // 8, args.codebook_size * 8)]
-    several = [replace(usual, selected=selected) for selected in (2, 4, 8)]
+    several = [replace(usual, selected=4)]
     sources = [
         replace(usual, source=source) for source in ("first group", "random", *(["foreign"] * bool(args.foreign)))
     ]
-    yield from ((keys, learner) for keys in (usual, *sizes, *several, *sources) for learner in BOTTLENECKS)
-    yield usual, next(learner for learner in LEARNERS if learner.name == PROBE)
+    by_name = {learner.name: learner for learner in LEARNERS}
+    yield usual, by_name[PROBE]
+    yield from ((keys, by_name[COUNTED]) for keys in (usual, *several, *sources, *sizes))
 
 
 # ---- the stream ----
