@@ -184,7 +184,7 @@ def train_bottleneck(
 
     Raises UserError if the folder `codes` is damaged or has other codes.
     """
-    model.to(best_device())
+    model.to(best_device()).eval()  # freezes the encoder, also if its codes are stored
     bottleneck: DiscreteKeyValueBottleneck = model.bottleneck
     counted = bottleneck.label_counts is not None
     precision = "fp32" if counted else run.args.precision  # an example is forgotten by its codes, without rounding
