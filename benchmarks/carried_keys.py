@@ -10,7 +10,7 @@ Reads finished runs of distill_keys_carried.sh on one dataset, one per seed, as 
 - A store of the teacher's codes or embeddings that is searched with those of the student: how often the nearest of all
   validation texts is the same text (recall@1), and the nearest training text has the right label.
 
-The keys of teacher and student are fitted with different seeds, except in the row that says otherwise.
+The keys of teacher and student are fitted with different seeds, except in the row `new keys, same texts and seed`.
 """
 
 import statistics

@@ -75,7 +75,7 @@ def embed(encoder: Any, texts: Texts) -> Embeddings:
 
 
 def teacher_encoder(folder: Path) -> str:
-    """The teacher that a run fine-tuned, or the one that it was given."""
+    """The teacher that a run fine-tuned, or that of its --teacher."""
     trained = folder / "stages" / "teacher_encoder"
     if trained.is_dir():
         return str(trained)

@@ -82,7 +82,7 @@ class Game:
 def pairs(cartpole: str, acrobot: str) -> dict[str, tuple[Game, Game]]:
     """The pairs of a first and a second game, of two agents.
 
-    Acrobot can be told from CartPole by its observations: its first two numbers are the cosine and sine of an angle,
+    The observations of Acrobot and CartPole differ: Acrobot's first two numbers are the cosine and sine of an angle,
     and CartPole's last two are zero. The mirrored CartPole has the same states with the opposite actions.
     """
     cart, padded = (partial(_game, cartpole, "CartPole-v1", 4, *shape) for shape in ((4, 2), (6, 3)))

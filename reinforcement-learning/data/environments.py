@@ -73,6 +73,8 @@ def is_vectorized(id: str) -> bool:
 
 def choose_threads(*ids: str) -> None:
     """Uses one thread if no environment has frames: a policy for vectors is too small for several threads."""
+    if torch.get_num_threads() == 1:
+        return  # without creating environments
     for id in ids:
         with closing(Environments(id, 1)) as environments:
             if is_image_space(environments.observation_space):
