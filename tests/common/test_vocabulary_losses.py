@@ -50,6 +50,17 @@ def test_the_divergence_of_groups_by_hand() -> None:
     assert grouped_kl(student, teacher, *groups, number=2).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_temperature_applies_to_groups() -> None:
+    """At temperature 2, P and Q are the normalized square roots of (0.5, 0.5) and (0.1, 0.9)."""
+    student, teacher = torch.tensor([[0.1, 0.9]]).log(), torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
+    groups = torch.tensor([0, 1]), torch.tensor([0, 1, 1, 1])
+    low, high = math.sqrt(0.1), math.sqrt(0.9)
+    expected = 4 * (0.5 * math.log(0.5 * (low + high) / low) + 0.5 * math.log(0.5 * (low + high) / high))
+    assert grouped_kl(student, teacher, *groups, 2, temperature=2.0).item() == pytest.approx(expected, rel=1e-5)
+    split = grouped_kl(student, teacher[:, :2].exp().mul(torch.tensor([1, 2.5])).log(), *(torch.arange(2),) * 2, 2, 2.0)
+    assert split.item() == pytest.approx(expected, rel=1e-5)  # the division of a group into tokens has no effect
+
+
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_one_token_in_each_group_is_the_forward_divergence(scale: float) -> None:
     """For confident logits too, and for a teacher whose tokens are in another order."""
