@@ -136,12 +136,13 @@ def linear(sizes: Sizes, rate: float) -> Head:
     return OneStep(Layers(sizes.width, sizes.classes), rate)
 
 
-COUNTED, PROBE = "bottleneck, counted values", "linear probe"  # the references of the tables
+COUNTED, TRAINED, PROBE = "bottleneck, counted values", "bottleneck, trained values", "linear probe"
+LINEAR_DECODER = "bottleneck, trained values, linear decoder"
 LEARNERS = [
     Learner(COUNTED, lambda sizes, _: Counted(sizes.keys, sizes.classes)),
-    Learner("bottleneck, trained values", mean_values, half_decades(-1)),
+    Learner(TRAINED, mean_values, half_decades(-1)),
     Learner(
-        "bottleneck, trained values, linear decoder",
+        LINEAR_DECODER,
         lambda sizes, rate: OneStep(Values(sizes.keys, sizes.classes, linear_decoder=True), rate),
         half_decades(-3),
     ),

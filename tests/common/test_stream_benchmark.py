@@ -23,34 +23,35 @@ SHORT = ["--kind", "images", "--dataset", "digits", "--images", 300, "--codebook
 def benchmark(monkeypatch):
     """The modules of the benchmark."""
     monkeypatch.syspath_prepend(REPO / "benchmarks")
-    names = "heads", "stream_heads", "streams"
+    names = "heads", "stream_data", "stream_heads", "stream_keys", "stream_table", "streams"
     yield SimpleNamespace(**{name: import_module(name) for name in names})
     for name in (*names, "embeddings"):
         sys.modules.pop(name, None)
 
 
-def stream_of(benchmark, cache, **words):
-    """A stream of digits in four groups."""
+def order_of(benchmark, cache, **words):
+    """An order of digits in four groups."""
     usual = {"kind": "images", "dataset": ["digits"], "images": 300, "groups": 4, "cache": str(cache), "codebooks": 4,
              "key_dim": 6, "tune_encoder": False, "domains": None, "without": [], "label_column": [],
              "encoder": None}  # fmt: skip
-    return benchmark.streams.Stream(Namespace(**{**usual, **words}), seed=1)
+    return benchmark.streams.Order(Namespace(**{**usual, **words}), seed=1)
 
 
 @pytest.fixture
-def stream(benchmark, tmp_path):
-    return stream_of(benchmark, tmp_path, without=["3"])
+def order(benchmark, tmp_path):
+    return order_of(benchmark, tmp_path, without=["3"])
 
 
 def test_forgetting_of_a_matrix(benchmark):
     matrix = [[0.9, 0.0, 0.0], [0.7, 0.8, 0.0], [0.4, 0.8, 1.0]]
-    assert benchmark.streams.forgetting(matrix) == pytest.approx(((0.9 - 0.4) + 0.0) / 2)
+    assert benchmark.stream_data.forgetting(matrix) == pytest.approx(((0.9 - 0.4) + 0.0) / 2)
     better_later = [[0.5, 0.0, 0.0], [0.6, 0.8, 0.0], [0.7, 0.5, 1.0]]  # a gain counts against the losses
-    assert benchmark.streams.forgetting(better_later) == pytest.approx((-0.1 + 0.3) / 2)
+    assert benchmark.stream_data.forgetting(better_later) == pytest.approx((-0.1 + 0.3) / 2)
 
 
-def test_the_stream_has_every_row_once_group_after_group(stream):
-    groups = list(stream.stream())
+def test_the_stream_has_every_row_once_group_after_group(order):
+    stream = order.stream
+    groups = list(stream.training_rows())
     rows = torch.cat(groups)
     assert len(rows) == len(stream.labels["train"]) and torch.equal(rows.sort().values, torch.arange(len(rows)))
     classes = [set(stream.labels["train"][group].tolist()) for group in groups]
@@ -59,37 +60,31 @@ def test_the_stream_has_every_row_once_group_after_group(stream):
 
 def test_with_domains_every_group_has_classes_of_each(benchmark, tmp_path):
     (tmp_path / "domains.json").write_text(json.dumps({"low": list("01234"), "high": list("56789")}))
-    stream = stream_of(benchmark, tmp_path, domains=str(tmp_path / "domains.json"))
-    for group in stream.stream():
+    stream = order_of(benchmark, tmp_path, domains=str(tmp_path / "domains.json")).stream
+    for group in stream.training_rows():
         assert set(stream.labels["train"][group].tolist()) == {0, 1}
     with pytest.raises(UserError, match="--groups must be between 2 and 5"):
-        stream_of(benchmark, tmp_path, domains=str(tmp_path / "domains.json"), groups=6)
+        order_of(benchmark, tmp_path, domains=str(tmp_path / "domains.json"), groups=6)
 
 
 def test_with_several_datasets_predictions_are_restricted_to_the_classes_of_each(benchmark, tmp_path):
-    stream = stream_of(benchmark, tmp_path, dataset=["digits", "digits"])
-    _, rows = stream.prepare(benchmark.streams.Keys(16))
+    stream = order_of(benchmark, tmp_path, dataset=["digits", "digits"]).stream
     assert stream.classes == 20 and stream.groups == 2
-
-    class Always(benchmark.heads.Head):
-        """The same logits for all rows: class 3 of the first dataset is the highest, then class 4 of the second."""
-
-        def forward(self, rows):
-            return torch.zeros(len(rows), 20).index_fill(1, torch.tensor([14]), 1).index_fill(1, torch.tensor([3]), 2)
-
-    expected = (rows["test"].labels == 3) | (rows["test"].labels == 14)
-    assert torch.equal(stream.right(Always(), "test", 1), expected)
+    labels = stream.labels["test"]
+    logits = torch.zeros(len(labels), 20)
+    logits[:, 3], logits[:, 14] = 2, 1  # class 3 of the first dataset is the highest, then class 4 of the second
+    assert torch.equal(stream.right(logits, "test", 1), (labels == 3) | (labels == 14))
     assert stream.weights("test").sum() == pytest.approx(1)
 
 
-def test_counted_values_do_not_depend_on_order_and_batches(benchmark, stream):
-    keys = benchmark.streams.Keys(16)
-    bottleneck, rows = stream.prepare(keys)
+def test_counted_values_do_not_depend_on_order_and_batches(benchmark, order):
+    keys = benchmark.stream_keys.Keys(16)
+    bottleneck, rows = order.prepare(keys)
     train, found = rows["train"], []
-    in_order = torch.cat(list(stream.stream()))
-    for order, size in ((in_order, len(train)), (in_order, 7), (torch.randperm(len(train)), 32)):
-        head = benchmark.heads.Counted(bottleneck, stream.classes)
-        for part in order.split(size):
+    in_order = torch.cat(list(order.stream.training_rows()))
+    for chosen, size in ((in_order, len(train)), (in_order, 7), (torch.randperm(len(train)), 32)):
+        head = benchmark.heads.Counted(bottleneck, order.stream.classes)
+        for part in chosen.split(size):
             head.fit(train[part])
         found.append(head.bottleneck.values)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -104,7 +99,7 @@ def test_streamed_values_have_the_logits_of_the_bottleneck_and_change_where_sele
     decoder, value_dim = ("linear", benchmark.stream_heads.VALUE_DIM) if linear_decoder else ("mean", 5)
     bottleneck = DiscreteKeyValueBottleneck(8, 5, 2, 6, decoder=decoder, value_dim=value_dim)
     embedded = torch.randn(4, 8)
-    codes = benchmark.streams.nearest(bottleneck, embedded, selected)
+    codes = benchmark.stream_keys.nearest(bottleneck, embedded, selected)
     first = codes if selected == 1 else codes[:, 0]
     assert torch.equal(first, bottleneck.encode(embedded))
     values = benchmark.stream_heads.Values(bottleneck, 5, linear_decoder)
@@ -121,6 +116,18 @@ def test_streamed_values_have_the_logits_of_the_bottleneck_and_change_where_sele
     benchmark.stream_heads.OneStep(values, 0.5).fit(rows)
     changed = (values.table != before).any(1).view(2, 6)
     assert torch.equal(changed, torch.zeros(2, 6).index_put((torch.arange(2), codes), torch.tensor(1.0)).bool())
+
+
+def test_a_step_of_values_from_zero_is_that_computed_by_hand(benchmark):
+    """With two classes and logits of zero, the gradient of a logit is 1/2, or -1/2 for the label."""
+    bottleneck = DiscreteKeyValueBottleneck(4, 2, 2, 3, decoder="mean")
+    rows = benchmark.heads.Rows(torch.zeros(2, 4), torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1]))
+    head = benchmark.stream_heads.mean_values(benchmark.stream_heads.Sizes(bottleneck, 4, 2, 2), rate=8.0)
+    head.fit(rows)
+    table = head.network.table.view(2, 3, 2)
+    one = 8.0 * 0.5 / 2 / 2  # rate, gradient, a mean of two codebooks and of two rows
+    assert torch.equal(table[0], torch.zeros(3, 2))  # the two rows select key 0, and their gradients cancel
+    assert_close(table[1], torch.tensor([[0, 0], [one, -one], [-one, one]]))
 
 
 def test_the_linear_discriminant_is_that_of_scikit_learn(benchmark):
@@ -167,4 +174,5 @@ def test_a_run_on_digits(tmp_path):
     assert min(record["accuracy"] for record in counted) > 0.6
     run_script("benchmarks/streams.py", *words, tmp_path / "keys.json", "--study", "keys", "--orders", 1)
     table = (tmp_path / "keys.md").read_text()
-    assert table.count("\n| bottleneck") == 6 and "16 keys, 4 selected, stream" in table and "nan" not in table
+    assert table.count("\n| bottleneck") == 3 * 6 and table.count("16 keys, 4 selected, stream") == 3
+    assert "nan" not in table
