@@ -43,8 +43,8 @@ def grouped_kl(
     reduction: Reduction = "mean",
 ) -> Tensor:
     """temperature^2 * KL(P || Q), where P(g) and Q(g) are proportional to p(g)^(1/temperature) and
-    q(g)^(1/temperature), the probabilities of teacher and student of all tokens of group g. Averaged over positions, or
-    (positions,) with `reduction="none"`.
+    q(g)^(1/temperature), the probabilities of teacher and student of all tokens of group g. Averaged over positions,
+    or (positions,) with `reduction="none"`.
 
     The temperature applies to groups, not to tokens: otherwise it would move probability to groups of many tokens,
     which differ between the vocabularies.
