@@ -141,7 +141,8 @@ def load_text_data(
         elif task == "multi_label":
             labels = read_label_sets(raw, columns.label, known_labels, not drop_unlabelled)
         else:
-            labels = read_labels(raw, columns.label, task, known_labels, unlabelled_label or (), not drop_unlabelled)
+            known = known_labels or (None if needs_train else [])
+            labels = read_labels(raw, columns.label, task, known, unlabelled_label or (), not drop_unlabelled)
     except UserError as error:
         raise UserError(f"{error} (--label_column names another column)") from None
     task = task or ("classification" if labels.names else "regression")

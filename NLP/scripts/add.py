@@ -16,18 +16,19 @@ add_data_arguments(PARSER, "--examples", "File of texts with labels, to add.")
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
-from kd.common.bottleneck.changes import add_examples, check_arguments, save_changed
+from kd.common.bottleneck.changes import add_examples, check_arguments
+from kd.common.data.sources import print_notes
 from kd.nlp.data.loading import load_text_data
-from kd.nlp.student_model.saved_student import SavedStudent
+from kd.nlp.student_model.saved_student import SavedTextStudent
 
 
 def main() -> None:
     args = PARSER.parse_args()
     check_arguments(args)
-    student = SavedStudent.load(args.model)
+    student = SavedTextStudent.load(args.model)
     data = load_text_data(args.dataset, args.text_columns, args.label_column, "classification", needs_train=False)
-    description = add_examples(student.model, student.bottleneck, student.codes_of(data), data.label_names)
-    save_changed(student.model, student.tokenizer, student.folder, args.output_dir, description)
+    print_notes(data.name, data.notes)
+    student.save(args.output_dir, add_examples(student, student.codes_of(data), data.label_names))
 
 
 if __name__ == "__main__":

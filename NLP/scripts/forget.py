@@ -19,21 +19,20 @@ add_data_arguments(PARSER, "--examples", "File of training texts with labels, to
 if __name__ == "__main__":
     show_help(parser=PARSER)  # before the imports below, which take seconds
 
-from kd.common.bottleneck.changes import check_arguments, forget_classes, forget_examples, save_changed
+from kd.common.bottleneck.changes import check_arguments, forget_classes, forget_examples
 from kd.nlp.student_model.evaluation import load_data_of
-from kd.nlp.student_model.saved_student import SavedStudent
+from kd.nlp.student_model.saved_student import SavedTextStudent
 
 
 def main() -> None:
     args = PARSER.parse_args()
     check_arguments(args)
-    student = SavedStudent.load(args.model)
+    student = SavedTextStudent.load(args.model)
     if args.classes:
-        description = forget_classes(student.bottleneck, args.classes, student.label_names)
+        description = forget_classes(student, args.classes)
     else:
-        samples = student.codes_of(load_data_of(student.folder, args))
-        description = forget_examples(student.bottleneck, samples)
-    save_changed(student.model, student.tokenizer, student.folder, args.output_dir, description)
+        description = forget_examples(student, student.codes_of(load_data_of(student.folder, args)))
+    student.save(args.output_dir, description)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,10 @@
 """A saved text student with a bottleneck, to which texts are added or which forgets them."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 from datasets import concatenate_datasets
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kd.common.bottleneck.changes import bottleneck_of
-from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.bottleneck.changes import SavedStudent
 from kd.common.bottleneck.training import CodeDataset, encode_samples
 from kd.common.data.sources import labelled
 from kd.common.pretrained import load_model, load_tokenizer, reading
@@ -19,32 +15,20 @@ from kd.nlp.data.loading import TextData, Texts
 from kd.nlp.student_model.bottleneck_training import samples_of
 
 
-@dataclass(frozen=True)
-class SavedStudent:
-    """A student, its folder, tokenizer and bottleneck."""
-
-    folder: str
-    model: Any
-    tokenizer: Any
-    bottleneck: DiscreteKeyValueBottleneck
+class SavedTextStudent(SavedStudent):
+    """A student of texts."""
 
     @classmethod
-    def load(cls, name: str) -> "SavedStudent":
+    def load(cls, name: str) -> "SavedTextStudent":
         """Loads the student of a run, or a folder. Raises UserError if it has no bottleneck."""
         folder = saved_model(name)
         with reading(folder, "a text classifier"):
             model = load_model(AutoModelForSequenceClassification, folder).to(best_device()).eval()
-            tokenizer = load_tokenizer(AutoTokenizer, folder)
-        return cls(folder, model, tokenizer, bottleneck_of(model, folder))
-
-    @property
-    def label_names(self) -> list[str]:
-        """Class names by class id."""
-        return list(self.model.config.id2label.values())
+            return cls(folder, model, load_tokenizer(AutoTokenizer, folder))
 
     def codes_of(self, data: TextData) -> CodeDataset:
         """Codes and labels of the labelled texts of all splits. The labels are those of `data`."""
-        texts = Texts.of(data, self.tokenizer)
+        texts = Texts.of(data, self.processor)
         rows = concatenate_datasets(list(texts.splits.values()))
         rows = rows.select(np.flatnonzero(labelled(column_array(rows, "labels"))))
         samples = samples_of(texts, rows)

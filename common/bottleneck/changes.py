@@ -3,6 +3,7 @@
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import CodeDataset, add_samples
+from kd.common.data.label_names import match_names
 from kd.common.data.sources import shorten
-from kd.common.reporting.model_card import Savable
 from kd.common.reporting.origins import CARD
 from kd.common.utils.errors import UserError
 from kd.common.utils.files import write_text, writing_folder
@@ -30,12 +31,36 @@ APPROXIMATE = (
 )
 
 
-def bottleneck_of(model: Any, name: str) -> DiscreteKeyValueBottleneck:
-    """The bottleneck of a student. Raises UserError if it has none."""
-    found = [part for part in model.modules() if isinstance(part, DiscreteKeyValueBottleneck)]
-    if not found:
-        raise UserError(f"{shorten(name)} has no bottleneck: pass a student of distill_bottleneck.py")
-    return found[0]
+@dataclass(frozen=True)
+class SavedStudent:
+    """A student with a bottleneck, its folder, and its tokenizer or image processor."""
+
+    folder: str
+    model: Any
+    processor: Any
+
+    def __post_init__(self) -> None:
+        if not any(isinstance(part, DiscreteKeyValueBottleneck) for part in self.model.modules()):
+            raise UserError(f"{shorten(self.folder)} has no bottleneck: pass a student of distill_bottleneck.py")
+
+    @property
+    def bottleneck(self) -> DiscreteKeyValueBottleneck:
+        return self.model.bottleneck
+
+    @property
+    def label_names(self) -> list[str]:
+        """Class names by class id."""
+        return list(self.model.config.id2label.values())
+
+    def save(self, output: str, description: str) -> None:
+        """Writes the changed student, with its card from before the change, and prints the description."""
+        card = Path(self.folder, CARD)
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        with writing_folder(output) as folder:
+            self.model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            write_text(folder / CARD, f"{text}\n## Changed\n\n{description} The figures above are from before.\n")
+        print(f"{description}\nstudent: {output}")
 
 
 def check_arguments(args: Namespace) -> None:
@@ -49,11 +74,12 @@ def check_arguments(args: Namespace) -> None:
         raise UserError(f"--output_dir {shorten(args.output_dir)} is not empty: pass a new folder")
 
 
-def forget_classes(bottleneck: DiscreteKeyValueBottleneck, names: Sequence[str], labels: Sequence[str]) -> str:
-    """Forgets the classes of these names; `labels` are the classes by id. Returns a description of what was removed.
+def forget_classes(student: SavedStudent, names: Sequence[str]) -> str:
+    """Forgets the classes of these names. Returns a description of what was removed.
 
     Raises UserError for an unknown name.
     """
+    bottleneck, labels = student.bottleneck, student.label_names
     for name in names:
         if name not in labels:
             near = get_close_matches(name, labels, n=1)
@@ -71,11 +97,12 @@ def forget_classes(bottleneck: DiscreteKeyValueBottleneck, names: Sequence[str],
     return f"{removed} {examples:,} counted examples or positions were subtracted. {_exact(counts)} {REMAINS}"
 
 
-def forget_examples(bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset) -> str:
+def forget_examples(student: SavedStudent, samples: CodeDataset) -> str:
     """Forgets samples with labels, as `bottleneck.forget`. Returns a description of what was removed.
 
     Raises UserError for trained values, and for examples that the values were never given.
     """
+    bottleneck = student.bottleneck
     if bottleneck.label_counts is None:
         raise UserError(
             "--examples needs counted values, because gradients spread an example over all values: pass --classes, or "
@@ -92,39 +119,27 @@ def forget_examples(bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset
     return f"{removed} {_exact(bottleneck.label_counts)} {REMAINS}"
 
 
-def add_examples(
-    model: Any, bottleneck: DiscreteKeyValueBottleneck, samples: CodeDataset, labels: Sequence[str]
-) -> str:
-    """Adds samples to counted values; `labels` are their classes by id. Those that the model lacks become new classes.
-    Returns a description. Raises UserError for trained values.
+def add_examples(student: SavedStudent, samples: CodeDataset, labels: Sequence[str]) -> str:
+    """Adds samples to counted values; `labels` are their classes by id, matched with those of the student by
+    `match_names`. Those that the student lacks become new classes. Returns a description.
+
+    Raises UserError for trained values.
     """
+    bottleneck, names, config = student.bottleneck, student.label_names, student.model.config
     if bottleneck.label_counts is None:
         raise UserError("trained values cannot add examples: pass a student with --values counted --decoder mean")
-    names = list(model.config.id2label.values())
-    used = [labels[label] for label in samples.labels.unique().tolist()]
-    new = [name for name in used if name not in names]
-    started = time.perf_counter()
+    ids, started = torch.tensor(match_names(list(labels), names)), time.perf_counter()
+    new = [label for label in samples.labels.unique().tolist() if ids[label] < 0]
     if new:
+        ids[new] = torch.arange(len(names), len(names) + len(new))
+        names += [labels[label] for label in new]
         bottleneck.add_classes(len(new))
-        names += new
-        model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
-    ids = torch.tensor([names.index(name) if name in names else 0 for name in labels])
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
     add_samples(bottleneck, samples.with_labels(ids[samples.labels]))
     seconds = time.perf_counter() - started
-    classes = f" and {len(new)} classes ({', '.join(new)})" if new else ""
+    classes = f" and {len(new)} classes ({', '.join(names[-len(new) :])})" if new else ""
     return f"Added {len(samples):,} examples{classes} in {1000 * seconds:.0f} ms. Keys and encoder do not change."
 
 
 def _exact(counts: Tensor) -> str:
     return f"{EXACT} The counts take {counts.numel() * counts.element_size():,} bytes of the student."
-
-
-def save_changed(model: Savable, processor: Savable, source: str, output: str, description: str) -> None:
-    """Writes a changed student, with the card of its `source` folder, and prints the description."""
-    card = Path(source, CARD)
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    with writing_folder(output) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_text(folder / CARD, f"{text}\n## Changed\n\n{description} The figures above are from before.\n")
-    print(f"{description}\nstudent: {output}")

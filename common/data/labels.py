@@ -57,7 +57,7 @@ def read_labels(
 
     Args:
         kind: resolves labels that could be either classes or scores.
-        known: class names of the model that is evaluated.
+        known: class names of the model that is evaluated, or [] if they do not matter; None for training.
         no_label: placeholders for a missing label.
         keep_unlabelled: whether rows of train without a label are used. Train may then lack the column.
 
@@ -165,7 +165,7 @@ def check_classes(counts: Counts, names: list[str], column: str, known: list[str
                 f"column {column!r}, {shorten_list(names)}: correct or remove it"
             )
     classes, of_train = (sort_labels(train), " of train") if train else (names, "")
-    if len(classes) == 1 and not known:
+    if len(classes) == 1 and known is None:
         raise UserError(
             f"every label{of_train} in column {column!r} is {classes[0]!r}, so there is nothing to learn: add rows of "
             "another class"

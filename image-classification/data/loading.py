@@ -79,28 +79,59 @@ def load_image_data(
             notes.append(f"{most:,} of the {len(images):,} {split} images were used")
     if label_names is not None:
         splits.pop("train", None)
-        ids = {split: images.labels.numpy() for split, images in splits.items()}
-        ids = map_label_ids(dataset, ids, class_names, label_names)
-        splits = {split: replace(images, labels=torch.from_numpy(ids[split])) for split, images in splits.items()}
-        class_names = label_names
+        splits, class_names = _with_labels_of(label_names, dataset, splits, class_names), label_names
         if image_size and any(images.image(0).size != (image_size, image_size) for images in splits.values()):
             notes.append(f"images are resized to the {image_size} pixels of the model")
     notes += _missing_classes(splits, class_names)
-    name, places = short_name(dataset), {split: splits[split].places() for split in splits if split != "train"}
+    places = {split: splits[split].places() for split in splits if split != "train"}
     set_aside = not has_validation and "validation" in splits
-    data: ImageData
-    if dataset == "imagenet":
-        data = _large_images(name, splits, class_names, image_size or IMAGENET_SIZE, notes)
-    elif image_size is None or (image_size <= MAX_SIZE_IN_MEMORY and _fits_memory(splits, image_size, notes)):
-        data = _small_images(name, splits, class_names, image_size, notes)
-    else:
-        data = _large_images(name, splits, class_names, image_size, notes)
+    data = _image_data(dataset, splits, class_names, image_size, notes)
     teacher = read.teacher and _in_order_of(read.teacher, splits)
     if teacher:
         contents = [data.fingerprint, *(teacher.logits[split] for split in sorted(teacher.logits))]
         data = replace(data, teacher=teacher, fingerprint=data_fingerprint(contents))
     order = class_names if trust_label_order else model_labels
     return replace(data, places=places, validation_is_from_train=set_aside, model_labels=order)
+
+
+def load_examples(
+    dataset: str,
+    image_column: str | None,
+    label_column: str | None,
+    image_size: int | None,
+    model_names: list[str],
+    new_classes: bool = False,
+) -> ImageData:
+    """Loads the images with a label of all splits of `dataset`, which needs no train split. No split is made.
+
+    model_names: the classes, by id, of the model that they are for. Those of the result, unless `new_classes` lets the
+    dataset have others.
+    """
+    read = read_images(dataset, image_column, label_column, known=model_names)
+    splits, names = read.splits, read.label_names
+    if not new_classes:
+        splits, names = _with_labels_of(model_names, dataset, splits, names), model_names
+    return _image_data(dataset, splits, names, image_size, read.notes)
+
+
+def _with_labels_of(
+    model_names: list[str], dataset: str, splits: dict[str, StoredImages], names: list[str]
+) -> dict[str, StoredImages]:
+    """The images with the class ids of a model instead of those by `names`."""
+    ids = {split: images.labels.numpy() for split, images in splits.items()}
+    ids = map_label_ids(dataset, ids, names, model_names)
+    return {split: replace(images, labels=torch.from_numpy(ids[split])) for split, images in splits.items()}
+
+
+def _image_data(
+    dataset: str, splits: dict[str, StoredImages], label_names: list[str], size: int | None, notes: list[str]
+) -> ImageData:
+    name = short_name(dataset)
+    if dataset == "imagenet":
+        return _large_images(name, splits, label_names, size or IMAGENET_SIZE, notes)
+    if size is None or (size <= MAX_SIZE_IN_MEMORY and _fits_memory(splits, size, notes)):
+        return _small_images(name, splits, label_names, size, notes)
+    return _large_images(name, splits, label_names, size, notes)
 
 
 def _without_useless(

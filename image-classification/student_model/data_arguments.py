@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kd.common.cli import reject_unused
+from kd.common.cli import Parser, reject_unused
 from kd.common.training.arguments import TeacherOutputArguments, only_with
-from kd.common.utils.ranges import Count, ShareBelow1
+from kd.common.utils.ranges import MOST, Count, Range, ShareBelow1
 
 if TYPE_CHECKING:
     from kd.image_classification.data.image_data import ImageData
@@ -108,3 +108,12 @@ class TeacherColumnArguments(TeacherOutputArguments, PairDataArguments):
 EVALUATION_DATA = (
     *("dataset", "image_column", "label_column", "validation_share", "max_eval_samples", "unlabelled_label"),
 )
+
+
+def add_example_arguments(parser: Parser, help: str) -> None:
+    """Adds the arguments of scripts that change a student by images."""
+    parser.add_argument("--examples", dest="dataset", help=help)
+    parser.add_argument("--image_column", help="Name of the column with the images (default: inferred).")
+    parser.add_argument("--label_column", help="Name of the column with the labels (default: inferred).")
+    size = "Resize the images to the size in training (default: they must have the student's)."
+    parser.add_argument("--image_size", type=int, within=Range(1, MOST), help=size)

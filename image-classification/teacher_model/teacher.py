@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
@@ -132,17 +133,24 @@ def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tup
     """
     config = trained_config(folder)
     order, notes = (None, []) if any_labels else label_order(str(folder), config.label_names, data)
+    data = in_normalization_of(config, folder, data)
+    with reading(folder, "an image classifier of this project"):
+        model = load_model(ImageClassifier, folder)
+    if order is not None:
+        reorder(str(folder), model, order, data)
+    return model, replace(data, notes=[*data.notes, *notes])
+
+
+def in_normalization_of(config: Any, folder: Path | str, data: ImageData) -> ImageData:
+    """The data in the normalization of the model in a folder. Raises UserError for images of another size than its
+    `config` has.
+    """
     if config.image_size != data.size:
         raise UserError(
             f"{folder} was trained on images of {config.image_size} pixels, {data.name} has {data.size}: pass "
             f"--image_size {config.image_size}"
         )
-    with reading(folder, "an image classifier of this project"):
-        model = load_model(ImageClassifier, folder)
-    if order is not None:
-        reorder(str(folder), model, order, data)
-    mean, std = config.mean or data.mean, config.std or data.std
-    return model, replace(data, mean=mean, std=std, notes=[*data.notes, *notes])
+    return replace(data, mean=config.mean or data.mean, std=config.std or data.std)
 
 
 def trained_config(folder: Path) -> ImageClassifierConfig:

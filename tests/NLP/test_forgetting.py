@@ -87,7 +87,7 @@ def test_trained_values_forget_classes_but_no_examples(small, tmp_path, capsys):
 
 def test_texts_and_a_new_class_are_added(counted, tmp_path, capsys):
     texts = ["brew me a coffee", "make an espresso", "wake me at seven"]
-    pd.DataFrame({"text": texts, "intent": ["coffee", "coffee", "set_alarm"]}).to_csv(
+    pd.DataFrame({"text": texts, "intent": ["coffee", "coffee", "Set Alarm"]}).to_csv(
         tmp_path / "new.csv", index=False
     )
     run_script("NLP/scripts/add.py", counted, "--examples", tmp_path / "new.csv", "--output_dir", tmp_path / "out")
@@ -101,6 +101,10 @@ def test_texts_and_a_new_class_are_added(counted, tmp_path, capsys):
     back = forget(tmp_path / "out", tmp_path / "back", "--examples", tmp_path / "new.csv")
     assert torch.equal(back.bottleneck.label_counts[..., :-1], before)
     run_script("NLP/scripts/evaluate.py", tmp_path / "out", "--dataset", tmp_path / "new.csv")
+    pd.DataFrame({"text": texts[:1], "intent": ["tea"]}).to_csv(tmp_path / "one.csv", index=False)
+    more = tmp_path / "out", "--examples", tmp_path / "one.csv", "--output_dir", tmp_path / "more"
+    run_script("NLP/scripts/add.py", *more)  # a single class
+    assert "Added 1 examples and 1 classes (tea)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
