@@ -159,6 +159,6 @@ def trained_config(folder: Path, kind: type[PreTrainedModel] = ImageClassifier) 
     """The configuration of a classifier's folder. Raises UserError for another kind of model."""
     with reading(folder, "an image classifier of this project"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not isinstance(config, kind.config_class):
+    if type(config) is not kind.config_class:
         raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
     return config
