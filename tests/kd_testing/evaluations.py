@@ -1,4 +1,4 @@
-"""Evaluates the student of a finished run of texts once more."""
+"""Evaluates the student of a finished run once more."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from kd_testing.scripts import run_script
 EVALUATE = "NLP/scripts/evaluate.py"
 
 
-def check_evaluation(run: Path, folder: Path, *words: object) -> None:
+def check_evaluation(run: Path, folder: Path, *words: object, script: str = EVALUATE) -> None:
     """Checks that `evaluate.py RUN WORDS` finds the metrics in the report of the run. Writes to `folder`."""
-    run_script(EVALUATE, run, "--json", folder / "again.json", *words)
+    run_script(script, run, "--json", folder / "again.json", *words)
     found = json.loads((folder / "again.json").read_text())["metrics"]
     reported = json.loads((run / "results.json").read_text())["models"]["student"]["metrics"]
     assert found.keys() == reported.keys()
