@@ -23,7 +23,7 @@ from kd.image_classification.student_model.bottleneck import BottleneckProbe, lo
 from kd.image_classification.teacher_model.published import Normalization, load_weights
 from kd.nlp.data.loading import Texts, load_text_data
 from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier
-from kd.nlp.teacher_model.teacher import load_classifier
+from kd.nlp.teacher_model.teacher import Pretrained, load_classifier
 
 CIFAR10 = 10  # classes of the published networks
 TUNING_EPOCHS, TUNING_RATE, TUNING_BATCH = 3, 1e-4, 32  # of AdamW, for an encoder that is fine-tuned on some classes
@@ -79,11 +79,8 @@ def embed_texts(source: Source) -> tuple[dict[str, Tensor], list[str]]:
     """Mean hidden states of the encoder, which is fine-tuned only on the classes `tuned_on`. In fp32, as `forget.py`
     embeds texts; those of a fine-tuned encoder in the precision of its training.
     """
-    if source.encoder is None:
-        raise UserError("texts need --encoder NAME, a Hub name or folder")
-    data = load_text_data(source.dataset, label_column=source.label_column)
-    classifier = load_classifier(source.encoder, data)
-    texts = Texts.of(data, classifier.tokenizer)
+    classifier, texts = tokenized(source)
+    data = texts.data
     if source.tuned_on:
         fine_tune(classifier.model, texts, [data.label_names.index(name) for name in source.tuned_on])
     precision = resolve_precision("auto") if source.tuned_on else "fp32"
@@ -93,6 +90,15 @@ def embed_texts(source: Source) -> tuple[dict[str, Tensor], list[str]]:
         found[split] = torch.stack(embed_samples(model, rows, texts.collate, precision)).cpu()
         found[f"{split}_labels"] = torch.tensor(rows["labels"])
     return found, data.label_names
+
+
+def tokenized(source: Source) -> tuple[Pretrained, Texts]:
+    """The encoder, as a classifier with an untrained head, and the texts in its tokens."""
+    if source.encoder is None:
+        raise UserError("texts need --encoder NAME, a Hub name or folder")
+    data = load_text_data(source.dataset, label_column=source.label_column)
+    classifier = load_classifier(source.encoder, data)
+    return classifier, Texts.of(data, classifier.tokenizer)
 
 
 def fine_tune(model: Any, texts: Texts, labels: list[int]) -> None:

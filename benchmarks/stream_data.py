@@ -3,7 +3,8 @@
 import statistics
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from embeddings import Source, embeddings, read_domains
@@ -12,10 +13,18 @@ from torch import Tensor
 from kd.common.utils.errors import UserError
 
 Splits = dict[str, tuple[Tensor, Tensor]]  # embeddings (rows, width) and classes (rows,)
+Read = Callable[[Source], tuple[dict[str, Tensor], list[str]]]  # as `embeddings`
+Predict = Callable[[Tensor], Tensor]  # logits (n, classes) of some rows (n,) of a split
 
 
-def load(args: Namespace, tuned_on: tuple[str, ...] = ()) -> tuple[Splits, list[str], Tensor]:
-    """All datasets in one: splits, class names, and the dataset (classes,) of each class."""
+def load(
+    args: Namespace, read: Read | None = None, tuned_on: tuple[str, ...] = ()
+) -> tuple[Splits, list[str], Tensor]:
+    """All datasets in one: splits, class names, and the dataset (classes,) of each class.
+
+    read: reads other inputs than embeddings.
+    """
+    read = read or partial(embeddings, cache=args.cache)
     if args.label_column and len(args.label_column) != len(args.dataset):
         raise UserError(f"--label_column needs one name for each --dataset: {len(args.dataset)}")
     splits: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -24,7 +33,7 @@ def load(args: Namespace, tuned_on: tuple[str, ...] = ()) -> tuple[Splits, list[
         zip(args.dataset, args.label_column or [None] * len(args.dataset), strict=True)
     ):
         source = Source(args.kind, name, args.encoder, args.images, column, validation_share=0.1, tuned_on=tuned_on)
-        found, names = embeddings(source, args.cache)
+        found, names = read(source)
         kept = [label for label, class_name in enumerate(names) if class_name not in args.without]
         ids = torch.full((len(names),), -1)
         ids[kept] = torch.arange(len(kept)) + len(all_names)
@@ -80,15 +89,17 @@ class Stream:
             members = (self.places["train"] == place).nonzero().flatten()
             yield members[torch.randperm(len(members), generator=generator)]
 
-    def right(self, logits: Tensor, split: str, place: int) -> Tensor:
-        """Whether the prediction of each row is right, among the classes seen up to the group at `place`.
-
-        logits: (rows, classes) of all rows of the split.
+    def right(self, predict: Predict, split: str, place: int) -> Tensor:
+        """Whether the prediction of each row is right, among the classes seen up to the group at `place`. Rows of
+        other classes are not predicted.
         """
         seen = torch.zeros(self.classes, dtype=torch.bool)
         seen[self.labels["train"][self.places["train"] <= place]] = True
-        allowed = self.allowed[self.places[split]] & seen
-        return logits.masked_fill(~allowed, -torch.inf).argmax(1) == self.labels[split]
+        right = seen[self.labels[split]]
+        rows = right.nonzero().flatten()
+        allowed = self.allowed[self.places[split][rows]] & seen
+        right[rows] = predict(rows).masked_fill(~allowed, -torch.inf).argmax(1) == self.labels[split][rows]
+        return right
 
     def accuracies(self, right: Tensor, split: str) -> list[float]:
         """The accuracy of each group."""

@@ -105,22 +105,30 @@ class Discriminant(Ridge):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What heads are built from: keys, width of the embeddings, number of classes, and of examples in the stream."""
+    """What heads are built from: keys, width of the embeddings, number of classes, and of examples in the stream; the
+    Hub name or folder of the encoder.
+    """
 
     keys: DiscreteKeyValueBottleneck
     width: int
     classes: int
     examples: int
+    encoder: str | None
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A head that is not fitted, from sizes and a setting of the grid. `joint`: several epochs on shuffled data."""
+    """A head that is not fitted, from sizes and a setting of the grid.
+
+    joint: several epochs on shuffled data.
+    end_to_end: the embeddings of its rows are token ids, and its setting is chosen on a third of the stream.
+    """
 
     name: str
     head: Callable[[Sizes, Any], Head]
     grid: tuple[float | None, ...] = (None,)
     joint: bool = False
+    end_to_end: bool = False
 
 
 def half_decades(first: int) -> tuple[float, ...]:

@@ -5,15 +5,20 @@ from dataclasses import dataclass
 
 import torch
 from embeddings import Source, embeddings
-from stream_data import Stream
+from stream_data import Stream, load
 from torch import Tensor
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Number of keys of a codebook, how many of them are selected, and what they are fitted to."""
+    """Number of keys of a codebook, how many of them are selected, and what they are fitted to.
+
+    source: embeddings of the `stream`, of its `first group`, of another dataset (`foreign`), or of the stream by a
+        teacher (`carried`); or `random`.
+    """
 
     size: int
     selected: int = 1
@@ -30,6 +35,10 @@ def bottleneck_with(keys: Keys, args: Namespace, stream: Stream) -> DiscreteKeyV
     found = DiscreteKeyValueBottleneck(train.shape[1], stream.classes, *sizes, "projection", args.key_dim, "mean")
     if keys.source == "first group":
         train = train[stream.places["train"] == 0]
+    if keys.source == "carried":
+        train = load(Namespace(**vars(args) | {"encoder": args.teacher}))[0]["train"][0]
+        if train.shape[1] != found.dim:
+            raise UserError(f"--teacher has embeddings of width {train.shape[1]}, --encoder of width {found.dim}")
     if keys.source == "foreign":
         train = embeddings(Source("texts", args.foreign, args.encoder, 0), args.cache)[0]["train"]
     if keys.source != "random":

@@ -76,16 +76,23 @@ def load_corpus(
     text_column: str | None = None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    needs_train: bool = True,
 ) -> Corpus:
     """Loads an embedded dataset, a folder (one parquet, CSV, JSON or .txt file per split) or owner/name[:config] of
-    the Hub. For the other arguments see `corpus_of`.
+    the Hub. For `needs_train` see `read_corpus`, for the other arguments `corpus_of`.
     """
-    return corpus_of(dataset, *read_corpus(dataset), text_column, max_train_samples, max_eval_samples)
+    return corpus_of(dataset, *read_corpus(dataset, needs_train), text_column, max_train_samples, max_eval_samples)
 
 
-def read_corpus(dataset: str) -> tuple[Splits, list[str]]:
-    """The rows of a dataset as stored, and notes for the report."""
-    raw, notes = read_splits(dataset, KNOWN, "train.txt, or parquet, CSV or JSON files", read_folder_of_texts)
+def read_corpus(dataset: str, needs_train: bool = True, flag: str = "--dataset") -> tuple[Splits, list[str]]:
+    """The rows of a dataset as stored, and notes for the report. Without `needs_train` a missing train split is no
+    error, and a .txt file is the split test. `flag` names the dataset, for messages.
+    """
+    path = Path(dataset)
+    if not needs_train and path.suffix.lower() == TXT and path.is_file():
+        return {"test": lines_of_text(path)}, []
+    contents = f"{'train' if needs_train else 'test'}.txt, or parquet, CSV or JSON files"
+    raw, notes = read_splits(dataset, KNOWN, contents, read_folder_of_texts, needs_train, flag=flag)
     if dataset == EMBEDDED:
         notes.append(f"reference and docstrings of Python {platform.python_version()}, PSF License")
     return {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}, notes
@@ -106,7 +113,7 @@ def corpus_of(
     if dataset != EMBEDDED:
         notes = [*notes, f"column {column!r} contains the texts"]
     splits = {split: _texts(split, rows, column, notes) for split, rows in raw.items()}
-    if "validation" not in splits:
+    if "train" in splits and "validation" not in splits:
         splits = _split_off_end(splits, notes)
     for split, documents in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
@@ -120,14 +127,7 @@ def with_texts_of(
     """Adds the texts of another dataset as the split DATASET:SPLIT, on which models are evaluated too: its test split,
     or else its validation split, or else train. `text_column` applies if the dataset has that column.
     """
-    path = Path(dataset)
-    if path.suffix.lower() == TXT and path.is_file():
-        raw, notes = {"test": lines_of_text(path)}, list[str]()
-    else:
-        contents = "test.txt, or parquet, CSV or JSON files"
-        raw, notes = read_splits(
-            dataset, KNOWN, contents, read_folder_of_texts, needs_train=False, flag="--eval_dataset"
-        )
+    raw, notes = read_corpus(dataset, needs_train=False, flag="--eval_dataset")
     split = next(name for name in ("test", "validation", "train") if name in raw)
     name = f"{short_name(dataset)}:{split}"
     raw = {name: raw[split]}

@@ -43,7 +43,7 @@ class PromptData:
 
     @property
     def has_chats(self) -> bool:
-        return MESSAGES in self.splits["train"].column_names
+        return MESSAGES in next(iter(self.splits.values())).column_names
 
     def check_template(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Raises UserError if chats need a template that the teacher's tokenizer lacks. None: no teacher is named."""
@@ -97,12 +97,12 @@ def _render(messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt:
 # ---------------------------------------------------------------- loading
 
 
-def load_language_data(args: Any) -> Corpus | PromptData:
+def load_language_data(args: Any, needs_train: bool = True) -> Corpus | PromptData:
     """The data of distill_gpt.py, whose arguments are `args`: prompts and completions if the dataset has columns for
-    them and --text_column is not passed, otherwise a corpus.
+    them and --text_column is not passed, otherwise a corpus. `needs_train`: see `read_corpus`.
     """
     most = args.max_train_samples, args.max_eval_samples
-    raw, notes = read_corpus(args.dataset)
+    raw, notes = read_corpus(args.dataset, needs_train)
     if args.text_column is None and (columns := _choose_columns(raw, args)):
         return prompts_of(args.dataset, raw, columns, notes, *most)
     corpus = corpus_of(args.dataset, raw, notes, args.text_column, *most)
@@ -153,7 +153,8 @@ def prompts_of(
     raw = {split: rows for split, rows in raw.items() if split in ("train", "validation", "test")}
     read = _chats if MESSAGES in columns else _pairs
     splits = {split: read(split, rows, columns, notes) for split, rows in raw.items()}
-    splits = with_validation(splits, np.zeros(len(splits["train"])), notes)
+    if "train" in splits:
+        splits = with_validation(splits, np.zeros(len(splits["train"])), notes)
     for split, rows in splits.items():
         splits[split] = sample(rows, max_train_samples if split == "train" else max_eval_samples, split, notes)
     _note_repeated_prompts(splits, notes)
@@ -239,7 +240,7 @@ def _has_answer(chat: list[Message]) -> bool:
 def _note_repeated_prompts(splits: Splits, notes: list[str]) -> None:
     """Notes how many prompts of each other split are prompts of train."""
     prompts = {split: [_prompt_of(row) for row in rows] for split, rows in splits.items()}
-    trained = set(prompts["train"])
+    trained = set(prompts.get("train", []))
     for split, texts in prompts.items():
         seen = sum(text in trained for text in texts)
         if split != "train" and seen:

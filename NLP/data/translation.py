@@ -34,6 +34,7 @@ def load_translation_data(
     target: str,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    needs_train: bool = True,
 ) -> TranslationData:
     """Loads `dataset`: number_words, a folder, or owner/name[:config]. A missing validation split is made from train,
     the same in every run.
@@ -42,15 +43,17 @@ def load_translation_data(
         source, target: names of text columns, or keys of the column `translation`.
         max_train_samples, max_eval_samples: maximum number of sentence pairs of train and of each other split, a fixed
             sample.
+        needs_train: whether a missing train split is an error.
 
     Raises UserError if the dataset, a column or a text is missing.
     """
-    raw, notes = read_splits(dataset, KNOWN)
+    raw, notes = read_splits(dataset, KNOWN, needs_train=needs_train)
     if source == target:
         raise UserError(f"--source and --target are both {source!r}: name two columns")
     splits = {split: _source_and_target(split, rows, source, target) for split, rows in raw.items()}
-    number = len(splits["train"])
-    splits = with_validation(splits, np.zeros(number), notes, min(0.1, MAX_VALIDATION / number))
+    if "train" in splits:
+        number = len(splits["train"])
+        splits = with_validation(splits, np.zeros(number), notes, min(0.1, MAX_VALIDATION / number))
     for split, rows in splits.items():
         most = max_train_samples if split == "train" else max_eval_samples
         splits[split] = sample(rows, most, split, notes)

@@ -1,4 +1,4 @@
-"""Evaluates the student of a run, or any saved classifier or sentence encoder, on every labelled split but train.
+"""Evaluates the student of a run, or any saved classifier or sentence encoder, on every split but train.
 
     python NLP/scripts/evaluate.py runs/NLP/keys_carried
     python NLP/scripts/evaluate.py runs/NLP/keys_carried --dataset new.csv --predictions predictions.csv
@@ -7,6 +7,9 @@
 Without --dataset, the data are those of the run, and the metrics those of its report. Of several seeds, the student of
 the first one is evaluated; RUN/seed1 names that of another. The dataset may be a single file, or have only a test
 split. A sentence encoder is evaluated on pairs of texts with scores; train is then a test split too.
+
+A language model or a translator must be in its run, whose recipe has block size, beams and so on. --text_columns then
+names the texts, or prompts and completions, or sources and targets.
 """
 
 from kd.common.cli import Parser, run, show_help
@@ -29,6 +32,7 @@ from kd.common.reporting.saved_models import (
 )
 from kd.nlp.data.loading import Texts
 from kd.nlp.student_model.evaluation import evaluate, load_data_of, prediction_columns
+from kd.nlp.student_model.generative_evaluation import evaluate_generative, is_generative
 from kd.nlp.student_model.sentence_evaluation import evaluate_pairs, is_sentence_encoder
 from kd.nlp.teacher_model.teacher import load_trained
 
@@ -36,8 +40,9 @@ from kd.nlp.teacher_model.teacher import load_trained
 def main() -> None:
     args = parse_with_recipe(PARSER, DATA_ARGUMENTS)
     model = saved_model(args.model)
-    if is_sentence_encoder(model):
-        entry, predictions = evaluate_pairs(model, args)
+    if is_sentence_encoder(model) or is_generative(model):
+        evaluate_model = evaluate_pairs if is_sentence_encoder(model) else evaluate_generative
+        entry, predictions = evaluate_model(model, args)
         show_metrics(model, entry, args.json)
         return write_predictions(args.predictions, predictions)
     data = load_data_of(model, args)

@@ -189,20 +189,29 @@ class LanguageTask(GenerationTask):
         """Evaluates a model on every split but train. With the evaluation of the `teacher`, this includes the share of
         labels for which both predict the same token. Warns if the teacher is no better than chance.
         """
-        collate, metrics, choices, counts = self.collator(model), {}, {}, {}
-        for split, rows in self.splits.items():
-            if split == "train":
-                continue
-            counts[split], choices[split] = predict_tokens(model, rows, collate, run.args.per_device_eval_batch_size)
-            metrics[split] = self.split_metrics(split, counts[split])
-            if teacher is not None:
-                metrics[split]["agreement"] = float((choices[split] == teacher.choices[split]).mean())
-        row = collate([self.splits["validation"][0]])
-        inputs = {name: value.to(model.device) for name, value in row.items() if name not in NOT_INPUTS}
-        entry = {"name": self._name(role, model), **cost(model, inputs), "metrics": metrics}
+        entry, counts, choices = self.measured(self._name(role, model), model, run.args.per_device_eval_batch_size)
+        if teacher is not None:
+            for split, metrics in entry["metrics"].items():
+                metrics["agreement"] = float((choices[split] == teacher.choices[split]).mean())
         if role == "teacher":
             self.warn_if_at_chance(run, entry, model.config.vocab_size)
         return LanguageEvaluation(entry, choices, self.measure(counts["validation"], choices["validation"]))
+
+    def measured(
+        self, name: str, model: PreTrainedModel, batch_size: int
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """A model's entry in results.json, its `token_counts` (rows, 3), and its most probable tokens (labels,), of
+        every split but train. Latency and FLOPs are those of a row of validation or, if there is none, of the first
+        split.
+        """
+        splits = {split: rows for split, rows in self.splits.items() if split != "train"}
+        collate, metrics, choices, counts = self.collator(model), {}, {}, {}
+        for split, rows in splits.items():
+            counts[split], choices[split] = predict_tokens(model, rows, collate, batch_size)
+            metrics[split] = self.split_metrics(split, counts[split])
+        row = collate([splits.get("validation", next(iter(splits.values())))[0]])
+        inputs = {name: value.to(model.device) for name, value in row.items() if name not in NOT_INPUTS}
+        return {"name": name, **cost(model, inputs), "metrics": metrics}, counts, choices
 
     def split_metrics(self, split: str, counts: np.ndarray) -> dict[str, float]:
         """The metrics of `token_counts` (rows, 3) of a split."""

@@ -171,8 +171,23 @@ class TranslationTask(GenerationTask):
     # ---- evaluation and report ----
 
     def evaluate(self, run: TrainerRun, role: str, model: PreTrainedModel) -> TranslationEvaluation:
-        """Evaluates a model on every split but train, with greedy and with beam search. Warns if the teacher is no
-        better than chance. Always in fp32, the precision of a model that a user loads.
+        """Evaluates a model on every split but train. Warns if the teacher is no better than chance."""
+        entry, greedy, signatures = self.measured(self._name(role, model), model)
+        translator, validation = Generator(model, self.tokenizer), self.splits["validation"]
+        seconds = {
+            f"seconds_per_100_{decoding}": seconds_per_100(translator, validation, beams)
+            for decoding, beams in (("greedy", 1), ("beam", self.args.beams))
+        }
+        if role == "teacher":
+            self.warn_if_at_chance(run, entry, model.config.vocab_size)
+        references = self.data.splits["validation"]["target"][:]
+        return TranslationEvaluation(entry, seconds, signatures, measure_bleu(greedy["validation"], references))
+
+    def measured(
+        self, name: str, model: PreTrainedModel
+    ) -> tuple[dict[str, Any], dict[str, list[str]], dict[str, str]]:
+        """A model's entry in results.json with metrics of greedy and of beam search, its greedy translations of every
+        split but train, and the signatures of sacreBLEU. Always in fp32, the precision of a model that a user loads.
         """
         translator = Generator(model, self.tokenizer)
         metrics: dict[str, dict[str, float]] = {}
@@ -187,16 +202,8 @@ class TranslationTask(GenerationTask):
                 scores, signatures = translation_metrics(texts, references)
                 metrics[split] |= {metric + suffix: score for metric, score in scores.items()}
                 greedy.setdefault(split, texts)
-        validation, references = self.splits["validation"], self.data.splits["validation"]["target"][:]
-        seconds = {
-            f"seconds_per_100_{decoding}": seconds_per_100(translator, validation, beams)
-            for decoding, beams in (("greedy", 1), ("beam", self.args.beams))
-        }
-        costs = cost(model, median_pair(translator, validation))
-        entry = {"name": self._name(role, model), **costs, "metrics": metrics}
-        if role == "teacher":
-            self.warn_if_at_chance(run, entry, model.config.vocab_size)
-        return TranslationEvaluation(entry, seconds, signatures, measure_bleu(greedy["validation"], references))
+        typical = self.splits["validation" if "validation" in metrics else next(iter(metrics))]
+        return {"name": name, **cost(model, median_pair(translator, typical)), "metrics": metrics}, greedy, signatures
 
     def _name(self, role: str, model: PreTrainedModel) -> str:
         if role == "teacher" and self.pretrained_teacher is not None:

@@ -42,8 +42,12 @@ def grouped_kl(
     temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """temperature^2 * KL(P || Q), where P(g) and Q(g) are the probabilities of teacher and student at `temperature`
-    of all tokens of group g. Averaged over positions, or (positions,) with `reduction="none"`.
+    """temperature^2 * KL(P || Q), where P(g) and Q(g) are proportional to p(g)^(1/temperature) and
+    q(g)^(1/temperature), the probabilities of teacher and student of all tokens of group g. Averaged over positions,
+    or (positions,) with `reduction="none"`.
+
+    The temperature applies to groups, not to tokens: otherwise it would move probability to groups of many tokens,
+    which differ between the vocabularies.
 
     Args:
         student_groups, teacher_groups: (vocabulary,), the group of each token, from 0 to `number`. The tokens of group
@@ -54,18 +58,20 @@ def grouped_kl(
     for different numbers of positions.
     """
     _check(student_logits, teacher_logits, temperature)
-    student = _group_log_probabilities(student_logits / temperature, student_groups, number)
-    teacher = _group_log_probabilities(teacher_logits.detach() / temperature, teacher_groups, number)
+    student, teacher = (
+        F.log_softmax(_group_logits(logits, groups, number) / temperature, dim=-1)
+        for logits, groups in ((student_logits, student_groups), (teacher_logits.detach(), teacher_groups))
+    )
     divergence = temperature**2 * kl(teacher, student, dim=-1)
     return divergence.mean() if reduction == "mean" else divergence
 
 
-def _group_log_probabilities(logits: Tensor, groups: Tensor, number: int) -> Tensor:
-    """Logits (positions, vocabulary) -> log-probabilities (positions, number) of the groups."""
+def _group_logits(logits: Tensor, groups: Tensor, number: int) -> Tensor:
+    """Logits (positions, vocabulary) -> log of the summed exponentials (positions, number) of the groups."""
     logits, index = logits.float(), repeat(groups, "token -> position token", position=len(logits))
     largest = logits.new_full((len(logits), number + 1), LOG_ZERO).scatter_reduce(1, index, logits.detach(), "amax")
     sums = torch.zeros_like(largest).scatter_add(1, index, (logits - largest.gather(1, index)).exp())
-    return F.log_softmax(sums[:, :number].log() + largest[:, :number], dim=-1)
+    return sums[:, :number].log() + largest[:, :number]
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:

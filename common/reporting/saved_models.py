@@ -40,7 +40,7 @@ def parse_with_recipe(parser: Parser, data: Sequence[str], positional: str = "mo
     model = getattr(args, positional)
     if not _exists(model):
         raise UserError(f"there is no folder {shorten(model)}; a model of the Hub needs --dataset")
-    folder = _run_of(Path(model))
+    folder = run_of(Path(model))
     recipe = {} if folder is None else read_recipe(folder)
     if folder is None or "dataset" not in recipe:
         raise UserError(f"{model} is in no run whose recipe names its data: pass --dataset FILE, FOLDER or NAME")
@@ -69,7 +69,7 @@ def _exists(path: str) -> bool:
         raise UserError(f"cannot read folder {shorten(path)}: {error.strerror}") from None
 
 
-def _run_of(model: Path) -> Path | None:
+def run_of(model: Path) -> Path | None:
     """The folder of the run that contains a model."""
     places = [model, *model.parents] if model.is_absolute() else [model, *model.absolute().parents]
     return next((place for place in places[: DEPTH + 1] if (place / RECIPE).is_file()), None)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageClassification, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
 
 from kd.common.data.sources import print_notes, shorten
 from kd.common.pretrained import load_model, reading
@@ -125,17 +125,19 @@ def trained_folder(name: str) -> Path | None:
     return None
 
 
-def load_trained(folder: Path, data: ImageData, any_labels: bool = False) -> tuple[ImageClassifier, ImageData]:
+def load_trained(
+    folder: Path, data: ImageData, any_labels: bool = False, kind: type[PreTrainedModel] = ImageClassifier
+) -> tuple[Any, ImageData]:
     """Loads the classifier of a folder. Returns it with the data in its normalization.
 
     Its labels may be in another order. Raises UserError for another kind of model, another image size and, unless
     `any_labels`, other labels.
     """
-    config = trained_config(folder)
+    config = trained_config(folder, kind)
     order, notes = (None, []) if any_labels else label_order(str(folder), config.label_names, data)
     data = in_normalization_of(config, folder, data)
     with reading(folder, "an image classifier of this project"):
-        model = load_model(ImageClassifier, folder)
+        model = load_model(kind, folder)
     if order is not None:
         reorder(str(folder), model, order, data)
     return model, replace(data, notes=[*data.notes, *notes])
@@ -153,10 +155,10 @@ def in_normalization_of(config: Any, folder: Path | str, data: ImageData) -> Ima
     return replace(data, mean=config.mean or data.mean, std=config.std or data.std)
 
 
-def trained_config(folder: Path) -> ImageClassifierConfig:
+def trained_config(folder: Path, kind: type[PreTrainedModel] = ImageClassifier) -> Any:
     """The configuration of a classifier's folder. Raises UserError for another kind of model."""
     with reading(folder, "an image classifier of this project"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not isinstance(config, ImageClassifierConfig):
+    if type(config) is not kind.config_class:
         raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
     return config

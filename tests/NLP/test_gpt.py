@@ -39,6 +39,7 @@ from kd.nlp.student_model.language_model import LanguageTask, load_named_models
 from kd.nlp.student_model.layers import cut_layers
 from kd.nlp.student_model.token_objective import DIVERGENCES, divergence_of, token_level
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
+from kd_testing.evaluations import EVALUATE, check_evaluation
 from kd_testing.paths import REPO
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
@@ -288,6 +289,34 @@ def finished(texts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "gpt"
     distill(folder, texts)
     return folder
+
+
+def test_evaluate_repeats_the_metrics_of_a_run(finished, tmp_path):
+    check_evaluation(finished, tmp_path)
+    (tmp_path / "new.txt").write_text("Other text.\n\nMore of it.\n")
+    run_script(EVALUATE, finished, "--dataset", tmp_path / "new.txt", "--json", tmp_path / "new.json")
+    assert json.loads((tmp_path / "new.json").read_text())["metrics"].keys() == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--label_column", "text"], "GPT2LMHeadModel, which has no labels: leave out --label_column"),
+        (["--text_columns", "a", "b", "c"], "must be 1 or 2, got 3"),
+        (["--predictions", "p.csv"], "no prediction for each row"),
+    ],
+)
+def test_evaluate_refuses_flags_without_a_meaning(finished, words, message, capsys):
+    with pytest.raises(SystemExit):
+        run_script(EVALUATE, finished, *words)
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_refuses_a_language_model_outside_of_a_run(finished, texts, tmp_path, capsys):
+    shutil.copytree(finished / "student", tmp_path / "model")
+    with pytest.raises(SystemExit):
+        run_script(EVALUATE, tmp_path / "model", "--dataset", texts)
+    assert "outside of a run" in capsys.readouterr().err
 
 
 def test_a_run_is_complete_and_reports_the_perplexity_of_the_saved_student(finished, texts):

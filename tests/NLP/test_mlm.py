@@ -33,6 +33,7 @@ from kd.nlp.student_model.layers import alternating_layers, cut_layers, layer_pa
 from kd.nlp.student_model.masked_language_model import MaskedLanguageTask, token_soft_targets
 from kd.nlp.teacher_model.generative import byte_level_bpe
 from kd.nlp.teacher_model.masked import random_bert
+from kd_testing.evaluations import check_evaluation
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict
@@ -164,6 +165,10 @@ def finished(texts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "mlm"
     distill(folder, texts, "--whole_words", "--teacher_epochs", 1)
     return folder
+
+
+def test_evaluate_repeats_the_metrics_of_a_run(finished, tmp_path):
+    check_evaluation(finished, tmp_path)
 
 
 def test_a_run_is_complete_and_reports_the_masked_accuracy_of_the_saved_student(finished, texts):

@@ -27,6 +27,7 @@ from kd.nlp.data.prompt_rows import (
 )
 from kd.nlp.data.prompts import PromptData, chat_pieces, load_language_data
 from kd.nlp.teacher_model.generative import byte_level_bpe, random_gpt2
+from kd_testing.evaluations import check_evaluation
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict
@@ -277,6 +278,7 @@ def test_a_run_reports_the_exact_match_of_greedy_answers(tmp_path, capsys):
         right += tokenizer.decode(answer[0, ids.shape[1] :]) == f"{row['completion']}<|endoftext|>"
     assert found["models"]["student"]["metrics"]["validation"]["exact_match"] == pytest.approx(right / len(rows))
     assert right
+    check_evaluation(tmp_path / "run", tmp_path)
     capsys.readouterr()
     run_readme(folder)
     assert "say" in capsys.readouterr().out

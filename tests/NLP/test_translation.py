@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from kd.nlp.student_model.layers import alternating_layers, cut_translator
 from kd.nlp.student_model.token_objective import divergence_of, token_level
 from kd.nlp.student_model.translation import TranslationTask, load_named_models
 from kd.nlp.teacher_model.generative import Generator, joint_bpe, random_marian, translate
+from kd_testing.evaluations import check_evaluation
 from kd_testing.readmes import run_readme
 from kd_testing.scripts import recipe_of, run_script
 from kd_testing.verdicts import check_verdict, check_verdict_over_seeds
@@ -303,6 +305,16 @@ def finished(small, tmp_path_factory) -> Path:
 
 def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
+
+
+def test_evaluate_repeats_the_metrics_of_a_run(finished, small, tmp_path):
+    check_evaluation(finished, tmp_path, "--predictions", tmp_path / "translations.csv")
+    found = pd.read_csv(tmp_path / "translations.csv", keep_default_na=False)
+    rows = load_translation_data(str(small), "en", "de").splits["test"]
+    of_test = found[found["split"] == "test"]
+    assert of_test["source"].tolist() == rows["source"][:] and of_test["label"].tolist() == rows["target"][:]
+    scores, _ = translation_metrics(of_test["prediction"].tolist(), rows["target"][:])
+    assert scores["bleu"] == pytest.approx(results(finished)["models"]["student"]["metrics"]["test"]["bleu"])
 
 
 def test_a_run_is_complete(finished):

@@ -9,11 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import BertModel, BertTokenizer
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.utils.errors import UserError
+from kd.nlp.data.loading import load_text_data
+from kd.nlp.teacher_model.teacher import tiny_bert
 from kd_testing.paths import REPO
 from kd_testing.scripts import run_script
+from kd_testing.tiny import NARROW_BERT
 
 SHORT = ["--kind", "images", "--dataset", "digits", "--images", 300, "--codebooks", 4, "--codebook_size", 16,
          "--key_dim", 6, "--groups", 5, "--orders", 2]  # fmt: skip
@@ -23,7 +27,7 @@ SHORT = ["--kind", "images", "--dataset", "digits", "--images", 300, "--codebook
 def benchmark(monkeypatch):
     """The modules of the benchmark."""
     monkeypatch.syspath_prepend(REPO / "benchmarks")
-    names = "heads", "stream_data", "stream_heads", "stream_keys", "stream_table", "streams"
+    names = "heads", "stream_data", "stream_encoder", "stream_heads", "stream_keys", "stream_table", "streams"
     yield SimpleNamespace(**{name: import_module(name) for name in names})
     for name in (*names, "embeddings"):
         sys.modules.pop(name, None)
@@ -73,7 +77,7 @@ def test_with_several_datasets_predictions_are_restricted_to_the_classes_of_each
     labels = stream.labels["test"]
     logits = torch.zeros(len(labels), 20)
     logits[:, 3], logits[:, 14] = 2, 1  # class 3 of the first dataset is the highest, then class 4 of the second
-    assert torch.equal(stream.right(logits, "test", 1), (labels == 3) | (labels == 14))
+    assert torch.equal(stream.right(lambda rows: logits[rows], "test", 1), (labels == 3) | (labels == 14))
     assert stream.weights("test").sum() == pytest.approx(1)
 
 
@@ -122,12 +126,70 @@ def test_a_step_of_values_from_zero_is_that_computed_by_hand(benchmark):
     """With two classes and logits of zero, the gradient of a logit is 1/2, or -1/2 for the label."""
     bottleneck = DiscreteKeyValueBottleneck(4, 2, 2, 3, decoder="mean")
     rows = benchmark.heads.Rows(torch.zeros(2, 4), torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1]))
-    head = benchmark.stream_heads.mean_values(benchmark.stream_heads.Sizes(bottleneck, 4, 2, 2), rate=8.0)
+    head = benchmark.stream_heads.mean_values(benchmark.stream_heads.Sizes(bottleneck, 4, 2, 2, None), rate=8.0)
     head.fit(rows)
     table = head.network.table.view(2, 3, 2)
     one = 8.0 * 0.5 / 2 / 2  # rate, gradient, a mean of two codebooks and of two rows
     assert torch.equal(table[0], torch.zeros(3, 2))  # the two rows select key 0, and their gradients cancel
     assert_close(table[1], torch.tensor([[0, 0], [one, -one], [-one, one]]))
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """The folders of 60 texts in four classes, and of a small encoder of them."""
+    rows = [f"{word},{place} and {word} {number}" for number, word in enumerate(["cat", "dog", "owl", "bee"] * 15)
+            for place in ("here", "over there")]  # fmt: skip
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.csv").write_text("\n".join(["label,text", *rows]))
+    (tmp_path / "texts" / "test.csv").write_text("\n".join(["label,text", *rows[:24]]))
+    monkeypatch.setattr("kd.nlp.teacher_model.teacher.TINY_SIZES", NARROW_BERT)
+    made = tiny_bert(load_text_data(str(tmp_path / "texts")))
+    made.model.bert.save_pretrained(tmp_path / "encoder")
+    made.tokenizer.save_pretrained(tmp_path / "encoder")
+    return tmp_path / "texts", tmp_path / "encoder"
+
+
+def test_an_encoder_in_the_stream_starts_with_the_embeddings_of_the_others(benchmark, texts, tmp_path):
+    dataset, encoder = map(str, texts)
+    order = order_of(benchmark, tmp_path, kind="texts", dataset=[dataset], encoder=encoder, groups=2)
+    rows, expected = order.tokens["test"], order.stream.embeddings["test"]
+    head = benchmark.stream_encoder.TunedEncoder(encoder, 4, rate=1e-3)
+    head.precision = "fp32"
+    assert_close(head.predict(rows), torch.zeros(24, 4))
+    with torch.no_grad():
+        head.layer.weight.copy_(torch.eye(4, expected.shape[1]))
+    assert_close(head.predict(rows), expected[:, :4], atol=1e-5, rtol=1e-4)
+    before = [parameter.clone() for parameter in head.parameters()]
+    head.fit(rows)
+    changed = [not torch.equal(old, new) for old, new in zip(before, head.parameters(), strict=True)]
+    assert sum(changed) >= len(changed) - 3  # all but the pooler, and keys' biases, whose gradient is zero
+
+
+def test_carried_keys_are_those_of_a_stream_of_the_teacher(benchmark, texts, tmp_path):
+    dataset, teacher = map(str, texts)
+    student = str(tmp_path / "student")
+    model = BertModel.from_pretrained(teacher, num_hidden_layers=2)
+    model.save_pretrained(student)
+    BertTokenizer.from_pretrained(teacher).save_pretrained(student)
+    words = {"kind": "texts", "dataset": [dataset], "groups": 2}
+    order = order_of(benchmark, tmp_path, encoder=student, teacher=teacher, **words)
+    carried, new = (order.prepare(benchmark.stream_keys.Keys(8, 1, source))[0] for source in ("carried", "stream"))
+    of_teacher, _ = order_of(benchmark, tmp_path, encoder=teacher, **words).prepare(benchmark.stream_keys.Keys(8))
+    assert torch.equal(carried.keys, of_teacher.keys) and torch.equal(carried.projection, of_teacher.projection)
+    assert torch.equal(new.projection, of_teacher.projection) and not torch.equal(new.keys, of_teacher.keys)
+
+
+def test_runs_of_carried_keys_and_with_an_encoder_in_the_stream(texts, tmp_path):
+    words = ["--dataset", texts[0], "--encoder", texts[1], "--codebooks", 4, "--codebook_size", 8, "--key_dim", 6,
+             "--groups", 2, "--orders", 2, "--cache", tmp_path, "--output", tmp_path / "found.json"]  # fmt: skip
+    run_script("benchmarks/streams.py", *words, "--study", "carried", "--teacher", texts[1], "--orders", 1)
+    table = (tmp_path / "found.md").read_text()
+    assert table.count("8 keys, 1 selected, carried ") == 3
+    assert all(table.count(f"8 keys, 1 selected, {keys} ") == 2 for keys in ("stream", "first group", "random"))
+    run_script("benchmarks/streams.py", *words, "--study", "encoder")
+    found = json.loads((tmp_path / "found.json").read_text())["records"]
+    assert len(found) == 2 * 3 and len({record["head"] for record in found}) == 3
+    assert {record["setting"] for record in found if "encoder" in record["head"]} <= {1e-5, 1e-4, 1e-3}
 
 
 def test_the_linear_discriminant_is_that_of_scikit_learn(benchmark):

@@ -50,6 +50,19 @@ def test_the_divergence_of_groups_by_hand() -> None:
     assert grouped_kl(student, teacher, *groups, number=2).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_temperature_applies_to_groups() -> None:
+    """At temperature 2, P and Q are the normalized square roots of (0.5, 0.5) and (0.1, 0.9)."""
+    student, teacher = torch.tensor([[0.1, 0.9]]).log(), torch.tensor([[0.5, 0.2, 0.2, 0.1]]).log()
+    groups = torch.tensor([0, 1]), torch.tensor([0, 1, 1, 1])
+    low, high = math.sqrt(0.1), math.sqrt(0.9)
+    expected = 4 * (0.5 * math.log(0.5 * (low + high) / low) + 0.5 * math.log(0.5 * (low + high) / high))
+    assert grouped_kl(student, teacher, *groups, 2, temperature=2.0).item() == pytest.approx(expected, rel=1e-5)
+    # how a group is divided into tokens has no effect
+    whole = torch.tensor([[0.5, 0.5]]).log()
+    found = grouped_kl(student, whole, torch.arange(2), torch.arange(2), 2, temperature=2.0)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_one_token_in_each_group_is_the_forward_divergence(scale: float) -> None:
     """For confident logits too, and for a teacher whose tokens are in another order."""

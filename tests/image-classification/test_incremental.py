@@ -27,6 +27,7 @@ from kd.image_classification.student_model.incremental import (
     train_head,
 )
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
+from kd_testing.evaluations import check_evaluation
 from kd_testing.processes import run_code
 from kd_testing.scripts import run_script
 
@@ -79,6 +80,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 # ---- results ----
+
+
+def test_evaluate_repeats_the_metrics_of_a_run(small, tmp_path):
+    check_evaluation(small, tmp_path, script="image-classification/scripts/evaluate.py")
 
 
 def test_the_probe_forgets_and_the_bottleneck_does_not(finished):

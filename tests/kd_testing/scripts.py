@@ -28,11 +28,12 @@ def _blank(figure: Figure, file: Any, **_: Any) -> None:
 
 
 def run_script(path: str, *arguments: object, draw: bool = False) -> None:
-    """Runs `python PATH ARGUMENTS` with coarse figures. PATH is relative to the repository. To save time, only the
-    first run of each script in this process, and runs with `draw`, draw their figures.
+    """Runs `python PATH ARGUMENTS`, or `python -m PACKAGE` for its __main__.py, with coarse figures. PATH is relative
+    to the repository. To save time, only the first run of each script in this process, and runs with `draw`, draw
+    their figures.
     """
     before, sys.argv = sys.argv, [str(REPO / path), *map(str, arguments)]
-    folders = [str((REPO / path).parent), *sys.path]
+    folders = sys.path if path.endswith("__main__.py") else [str((REPO / path).parent), *sys.path]
     save = Figure.savefig if draw or path not in DRAWN else _blank
     DRAWN.add(path)
     try:
