@@ -17,6 +17,7 @@ from kd.common.bottleneck.training import embed_samples
 from kd.common.training.inference import LengthGroupedSampler, identity_collate
 from kd.common.utils.devices import autocast, best_device, resolve_precision
 from kd.common.utils.errors import UserError
+from kd.common.utils.files import read_json
 from kd.image_classification.data.loading import load_image_data
 from kd.image_classification.student_model.bottleneck import BottleneckProbe, load_encoder
 from kd.image_classification.teacher_model.published import Normalization, load_weights
@@ -62,6 +63,16 @@ def embeddings(source: Source, cache: str) -> tuple[dict[str, Tensor], list[str]
         save_file(tensors, file, {"label_names": json.dumps(names)})
     with safe_open(file, "pt") as stored:
         return {name: stored.get_tensor(name) for name in stored.keys()}, json.loads(stored.metadata()["label_names"])
+
+
+def read_domains(file: str, names: list[str]) -> list[Tensor]:
+    """The ids of the classes of each domain, from a JSON file of class names by domain. Raises UserError unless each
+    class is there once.
+    """
+    domains: list[list[str]] = list(read_json(file).values())
+    if sorted(sum(domains, [])) != sorted(names):
+        raise UserError(f"--domains {file} must have each class of the dataset once")
+    return [torch.tensor([names.index(name) for name in members]) for members in domains]
 
 
 def embed_texts(source: Source) -> tuple[dict[str, Tensor], list[str]]:

@@ -3,15 +3,17 @@
     python benchmarks/forgetting.py --dataset clinc_oos --kind texts --encoder sentence-transformers/all-MiniLM-L6-v2
     python benchmarks/forgetting.py --dataset mnist
     python benchmarks/forgetting.py --dataset cifar100 --encoder resnet56-cifar10.pt
+    python benchmarks/forgetting.py --dataset cifar100 --encoder resnet56-cifar10.pt --domains superclasses.json
 
 The encoder is frozen and has not seen the labels. The keys are fitted to all training embeddings, without labels. Each
 head is compared with the same head fitted without the forgotten examples ("retrained"). Where a way to forget has a
 grid of settings, the one whose accuracies are nearest to those of the retrained head is shown, and likewise for adding
 the one with the highest harmonic mean of both accuracies: choices that no user can make, in favour of these ways.
 
-The forgotten examples are all of a random class, 100 random ones, or the larger of two k-means clusters of a class.
-The membership attack ranks forgotten training examples and test examples (of the same class and cluster) by their
-loss. Its AUC is 0.5 if nothing distinguishes them.
+The forgotten examples are all of a random class, 100 random ones, or a part of a class: the larger of two k-means
+clusters. With --domains the label is the domain of the class, and the part is a random class of a domain. The
+membership attack ranks forgotten training examples and test examples (of the same class or part) by their loss. Its
+AUC is 0.5 if nothing distinguishes them.
 """
 
 import copy
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from embeddings import Source, embeddings
+from embeddings import Source, embeddings, read_domains
 from forgetting_ways import WAYS, add_class, candidates
 from heads import Counted, Head, NearestMean, Ridge, Rows, Trained
 from scipy.stats import t
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--encoder", help="Texts: Hub name or folder. Images: weights of a ResNet56 (default: pixels)."
     )
+    parser.add_argument("--domains", help="JSON file of class names by domain.")
     parser.add_argument("--images", type=int, default=5_000, help="Images of each split.")
     parser.add_argument("--codebooks", type=int, default=32, help="Number of codebooks.")
     parser.add_argument("--codebook_size", type=int, default=256, help="Number of keys of a codebook.")
@@ -59,11 +62,13 @@ def main() -> None:
     parser.add_argument("--cache", default="runs/benchmark/forgetting", help="Folder of the embeddings.")
     parser.add_argument("--output", default="forgetting.json", help="File of all figures; .md holds the tables.")
     args = parser.parse_args()
-    found, _ = embeddings(Source(args.kind, args.dataset, args.encoder, args.images), args.cache)
-    forgotten, added = list[Record](), list[Record]()
+    found, names = embeddings(Source(args.kind, args.dataset, args.encoder, args.images), args.cache)
+    domain, forgotten, added = torch.arange(len(names)), list[Record](), list[Record]()
+    for number, classes in enumerate(read_domains(args.domains, names) if args.domains else ()):
+        domain[classes] = number
     for seed in tqdm(range(args.seeds), desc="seeds"):
         torch.manual_seed(seed)
-        study = Study(found, args)
+        study = Study(found, domain, args)
         forgotten += [record | {"seed": seed} for record in study.forget()]
         added += [record | {"seed": seed} for record in study.add()]
     tables = "\n\n".join([table_of_forgetting(forgotten), table_of_adding(added)])
@@ -73,15 +78,17 @@ def main() -> None:
 
 
 class Study:
-    """The rows of a dataset under keys of one seed, and its heads."""
+    """The rows of a dataset under keys of one seed, and its heads. Labels are the `domain` (classes,) of the class."""
 
-    def __init__(self, found: dict[str, Tensor], args: Any) -> None:
-        self.width, self.classes = found["train"].shape[1], int(found["train_labels"].max()) + 1
+    def __init__(self, found: dict[str, Tensor], domain: Tensor, args: Any) -> None:
+        self.with_domains, self.of_class = bool(args.domains), (found["train_labels"], found["test_labels"])
+        labels = {split: domain[found[f"{split}_labels"]] for split in ("train", "test")}
+        self.width, self.classes = found["train"].shape[1], int(domain.max()) + 1
         sizes = args.codebooks, args.codebook_size
         self.keys = DiscreteKeyValueBottleneck(self.width, self.classes, *sizes, "projection", args.key_dim, "mean")
         self.keys.fit_keys(found["train"], epochs=1, seed=int(torch.randint(1000, ())))
         self.train, self.test = (
-            Rows(found[split], self.keys.encode(found[split]), found[f"{split}_labels"]) for split in ("train", "test")
+            Rows(found[split], self.keys.encode(found[split]), labels[split]) for split in ("train", "test")
         )
 
     def heads(self) -> dict[str, Head]:
@@ -106,7 +113,8 @@ class Study:
                 labels = {"scenario": scenario, "head": name, "retrained": reference}
                 yield labels | {"way": "none", "milliseconds": 0.0, "found": before}
                 for way in WAYS[name]:
-                    if scenario != "class" and way[0] in ("delete row", "lowest output"):
+                    by_output = scenario == "class" or (scenario == "part" and self.with_domains)
+                    if not by_output and way[0] in ("delete row", "lowest output"):
                         continue
                     trials = []
                     for changed, time, words in candidates(fitted[name], way, forgotten, rest):
@@ -120,12 +128,22 @@ class Study:
         of_class = self.train.labels == label, self.test.labels == label
         picked = torch.zeros(len(self.train), dtype=torch.bool)
         picked[torch.randperm(len(self.train))[:EXAMPLES]] = True
-        members = self.train.embeddings[of_class[0]].unsqueeze(1)
-        centres = kmeans(members, 2, torch.Generator().manual_seed(0))[0][0]
+        return {
+            "class": of_class,
+            "examples": (picked, torch.ones(len(self.test), dtype=torch.bool)),
+            "part": self.part_of(of_class),
+        }
+
+    def part_of(self, of_label: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A part of the rows of one label in train and test: a class of the domain, or the larger cluster."""
+        members = of_label[0]
+        if self.with_domains:
+            chosen = self.of_class[0][members][torch.randint(int(members.sum()), ())]
+            return self.of_class[0] == chosen, self.of_class[1] == chosen
+        centres = kmeans(self.train.embeddings[members].unsqueeze(1), 2, torch.Generator().manual_seed(0))[0][0]
         clusters = [torch.cdist(rows.embeddings, centres).argmin(1) for rows in (self.train, self.test)]
-        larger = clusters[0][of_class[0]].mode().values
-        part = of_class[0] & (clusters[0] == larger), of_class[1] & (clusters[1] == larger)
-        return {"class": of_class, "examples": (picked, torch.ones(len(self.test), dtype=torch.bool)), "part": part}
+        larger = clusters[0][members].mode().values
+        return of_label[0] & (clusters[0] == larger), of_label[1] & (clusters[1] == larger)
 
     def measure(self, head: Head, retrained: Head, forgotten: Rows, affected: Tensor, scenario: str) -> Record:
         logits, outputs = head.predict(self.test), head.predict(forgotten)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from embeddings import Source, embeddings
+from embeddings import Source, embeddings, read_domains
 from torch import Tensor
 
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import read_json
 
 Splits = dict[str, tuple[Tensor, Tensor]]  # embeddings (rows, width) and classes (rows,)
 Read = Callable[[Source], tuple[dict[str, Tensor], list[str]]]  # as `embeddings`
@@ -53,16 +52,11 @@ def groups_of(args: Namespace, names: list[str], origin: Tensor, seed: int) -> t
     label, place = torch.arange(len(names)), torch.empty(len(names), dtype=torch.long)
     if len(args.dataset) > 1:
         return label, torch.randperm(len(args.dataset), generator=generator)[origin]
-    sets = [names]
-    if args.domains:
-        sets = list(read_json(args.domains).values())
-        if sorted(sum(sets, [])) != sorted(names):
-            raise UserError(f"--domains {args.domains} must have each class of {args.dataset[0]} once")
+    sets = read_domains(args.domains, names) if args.domains else [label]
     most = min(map(len, sets))
     if not 2 <= args.groups <= most:
         raise UserError(f"--groups must be between 2 and {most}, the number of classes, got {args.groups}")
-    for i, members in enumerate(sets):
-        ids = torch.tensor([names.index(name) for name in members])
+    for i, ids in enumerate(sets):
         if args.domains:
             label[ids] = i
         for number, part in enumerate(ids[torch.randperm(len(ids), generator=generator)].tensor_split(args.groups)):

@@ -36,7 +36,7 @@ from accelerate import PartialState
 from safetensors.torch import save_model
 from transformers import PreTrainedModel
 
-from kd.common.bottleneck.sizes import sizes
+from kd.common.bottleneck.sizes import Table, byte_table, sizes
 from kd.common.export.exportable import (
     LOAD_ONNX,
     RECORD,
@@ -49,7 +49,7 @@ from kd.common.export.int8 import load_int8, quantize_dynamic
 from kd.common.export.onnx import OnnxModel, quantize_onnx, to_onnx
 from kd.common.metrics.cost import interleaved_latency, megabytes
 from kd.common.reporting.saved_models import parse_with_recipe, saved_model
-from kd.common.reporting.tables import markdown, number, print_rich, words
+from kd.common.reporting.tables import markdown, number, print_rich
 from kd.common.training.inference import NOT_INPUTS
 from kd.common.utils.devices import command, environment
 from kd.common.utils.files import write_json, write_text, writing_folder
@@ -107,8 +107,9 @@ def main() -> None:
         student.config.save_pretrained(partial)
         texts.collate.tokenizer.save_pretrained(partial)
         write_json(partial / RECORD, results)
-        write_text(partial / "export.md", report(results, student, texts, folder))
-    if byte_counts := byte_table(results):
+        byte_counts = byte_table({TITLES[name]: entry["bytes"] for name, entry in results["models"].items()})
+        write_text(partial / "export.md", report(results, byte_counts, student, texts, folder))
+    if byte_counts:
         print_rich(*byte_counts, title="bytes of the parts")
     print_rich(*table(results), title=f"{args.student}, exported", below=f"export: {folder}")
 
@@ -154,7 +155,7 @@ def measure(models: Models, logits: dict[str, dict[str, np.ndarray]], folder: Pa
     }
 
 
-def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(results: dict[str, Any]) -> Table:
     metric = results["primary_metric"]
     splits = list(results["models"]["student"]["metrics"])
     header = ["model", "MB", "latency (ms)", "90th percentile", "speed-up", *(f"{split} {metric}" for split in splits)]
@@ -167,16 +168,9 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header + [f"{split} agreement" for split in splits], rows
 
 
-def byte_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]] | None:
-    """A row for each part of the models with a bottleneck, and for the codes of a text; None without such models."""
-    found = {TITLES[name]: entry["bytes"] for name, entry in results["models"].items() if entry["bytes"]}
-    if not found:
-        return None
-    parts = next(iter(found.values()))
-    return ["bytes", *found], [[words(part), *(number(row[part]) for row in found.values())] for part in parts]
-
-
-def report(results: dict[str, Any], student: PreTrainedModel, texts: Texts, folder: Path) -> str:
+def report(
+    results: dict[str, Any], byte_counts: Table | None, student: PreTrainedModel, texts: Texts, folder: Path
+) -> str:
     environment, models = results["environment"], results["models"]
     onnx = next((FILES[name] for name in ("onnx-int8", "onnx") if name in models), None)
     usages = []
@@ -193,7 +187,7 @@ def report(results: dict[str, Any], student: PreTrainedModel, texts: Texts, fold
     sections = [
         f"# {results['student']}, exported",
         markdown(*table(results)),
-        *([markdown(*byte_counts)] if (byte_counts := byte_table(results)) else []),
+        *([markdown(*byte_counts)] if byte_counts else []),
         f"Task {results['task']}. Latency: one text of median length, measured alternately on {environment['device']} "
         f"(threads: {environment['threads']}) with torch {environment['torch']} and ONNX Runtime "
         f"{environment['onnxruntime']}. Agreement: the share of predictions that equal those of the student in torch "

@@ -1,11 +1,14 @@
 """Bytes of a model with a bottleneck, by part, and of the codes of an embedding."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.reporting.tables import number, words
 
+Table = tuple[list[str], list[list[str]]]  # header and rows
 PARTS = {  # tensors of a bottleneck by part; `frozen` is a flag
     "keys": ("keys", "projection"),
     "values": ("values", "scale"),
@@ -31,3 +34,13 @@ def sizes(model: nn.Module) -> dict[str, int] | None:
         name: sum(t.numel() * t.element_size() for t in ts) for name, ts in ({"encoder": encoder} | parts).items()
     }
     return found | {"codes_of_an_embedding": -(-bottleneck.code_bits // 8)}
+
+
+def byte_table(models: Mapping[str, dict[str, int] | None]) -> Table | None:
+    """Header and rows of a table with a column for each model that has `sizes`; None if no model has."""
+    found = {name: parts for name, parts in models.items() if parts}
+    if not found:
+        return None
+    parts = next(iter(found.values()))
+    rows = [[words(part), *(number(of_model[part]) for of_model in found.values())] for part in parts]
+    return ["bytes", *found], rows

@@ -1,12 +1,14 @@
-"""Exports a student of any domain to one file that does not need this project, with the code that loads it.
+"""Exports a student of any domain to one file, with the code that loads it.
 
     python -m kd.common.export runs/NLP/base --format onnx
     python -m kd.common.export runs/reinforcement-learning/distill_CartPole-v1 --format torch.export --output_dir cart
+    python -m kd.common.export runs/image-classification/counted --format torch-int8
 
-Writes model.onnx or model.pt2, the files for its use (tokenizer, labels), the code that loads it (README.md) and the
-comparison with the student (export.json), by default into the folder `export` of the run. The exported file is loaded
-again and must reproduce the student's outputs for inputs of other sizes than the traced example; otherwise nothing is
-written. Everything runs on the CPU.
+Writes model.onnx or model.pt2, which do not need this project, or model_int8.safetensors, which does: an image
+classifier with int8 linear layers and values of a bottleneck. Also writes the files for its use (tokenizer, labels),
+the code that loads it (README.md) and the comparison with the student (export.json), by default into the folder
+`export` of the run. The exported file is loaded again and must reproduce the student's outputs for inputs of other
+sizes than the traced example, up to the rounding of int8; otherwise nothing is written. Everything runs on the CPU.
 """
 
 import inspect
@@ -20,7 +22,9 @@ from kd.common.cli import Parser, run, show_help
 
 PARSER = Parser(prog="python -m kd.common.export", description=__doc__)
 PARSER.add_argument("student", help="Folder of a student or of its run, or a zip file of Stable-Baselines3.")
-PARSER.add_argument("--format", choices=["onnx", "torch.export"], default="onnx", help="File format of the export.")
+PARSER.add_argument(
+    "--format", choices=["onnx", "torch.export", "torch-int8"], default="onnx", help="File format of the export."
+)
 PARSER.add_argument("--domain", help="Domain of the student. Default: read from results.json of its run.")
 PARSER.add_argument("--task", help="Task, or environment of a policy. Default: read from results.json.")
 PARSER.add_argument("--vecnormalize", metavar="FILE", help="File of VecNormalize.save for a policy, or none.")

@@ -1,8 +1,9 @@
-"""Exports a student to one file that does not need this project, and compares it with the student.
+"""Exports a student to one file, and compares it with the student.
 
 Each domain has a function `load(name, task) -> Exportable` in its `student_model/exportable.py`.
 """
 
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,9 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
+from kd.common.bottleneck.sizes import Table, byte_table, sizes
+from kd.common.export.int8 import load_int8, quantize_dynamic, rounding_bound
 from kd.common.export.onnx import Axes, OnnxModel, axes_by_input, get_logits, load_program, to_onnx, to_program
 from kd.common.reporting.results import RESULTS
 from kd.common.reporting.tables import markdown, print_rich
@@ -41,6 +45,8 @@ class Exportable:
     write_files: writes the files that `usage` reads into a folder.
     reference: computes the expected outputs. Default: the model. Differs for students of another library.
     tolerance: largest absolute difference of an output.
+    untrained: Python code that makes `network`, an untrained model like the student, from `folder`. It may need this
+        project. Without it there is no int8.
 
     Raises ValueError if all `test_inputs` have the example's size along an axis.
     """
@@ -54,6 +60,7 @@ class Exportable:
     write_files: Callable[[Path], Any] = lambda folder: None
     reference: Callable[..., Tensor] | None = None
     tolerance: float = TOLERANCE
+    untrained: str | None = None
 
     def __post_init__(self) -> None:
         for name, axes in axes_by_input(self.inputs, self.axes).items():
@@ -69,6 +76,7 @@ class Exportable:
 
 # ---------------------------------------------------------------- formats
 
+ALONE = "This does not need the project that exported it."
 LOAD_ONNX = """import onnxruntime
 
 folder = "{folder}"  # this folder
@@ -88,35 +96,65 @@ def model(inputs):  # in the order of the table above
         return program(*map(torch.from_numpy, inputs.values())).numpy()"""
 
 
+LOAD_INT8 = """import torch
+from kd.common.export.int8 import load_int8
+
+folder = "{folder}"  # this folder
+{untrained}
+network = load_int8(network, f"{{folder}}/{file}")
+
+
+def model(inputs):
+    with torch.inference_mode():
+        return network(**{{name: torch.from_numpy(array) for name, array in inputs.items()}}).logits.numpy()"""
+
+
 def _load_program(path: Path) -> Callable[..., Tensor]:
     program = load_program(path)
     return lambda **inputs: program(*inputs.values())
 
 
+def _load_int8(student: Exportable, path: Path) -> Callable[..., Tensor]:
+    network = load_int8(student.model, path)
+    return lambda **inputs: get_logits(network(**inputs))
+
+
 class Format(NamedTuple):
-    """A file format: functions that write and load a student, and the code in README.md that loads it."""
+    """A file format: functions that write and load a student, and the code in README.md that loads it.
+
+    rounded: whether outputs may differ by more than the tolerance, because weights are rounded.
+    """
 
     file: str
     write: Callable[[Exportable, Path], None]
-    load: Callable[[Path], Callable[..., Tensor]]
+    load: Callable[[Exportable, Path], Callable[..., Tensor]]
     code: str
     note: str
+    rounded: bool = False
 
 
 FORMATS = {
     "onnx": Format(
         "model.onnx",
         lambda student, path: to_onnx(student.model, student.inputs, path, student.axes, student.output),
-        lambda path: OnnxModel(path).predict,
+        lambda student, path: OnnxModel(path).predict,
         LOAD_ONNX,
-        "It was checked with ONNX Runtime {onnxruntime}",
+        f"{ALONE} It was checked with ONNX Runtime {{onnxruntime}}",
     ),
     "torch.export": Format(
         "model.pt2",
         lambda student, path: to_program(student.model, student.inputs, path, student.axes),
-        _load_program,
+        lambda student, path: _load_program(path),
         LOAD_PROGRAM,
-        "It was written by torch {torch}; other versions may not read it",
+        f"{ALONE} It was written by torch {{torch}}; other versions may not read it",
+    ),
+    "torch-int8": Format(
+        "model_int8.safetensors",
+        lambda student, path: save_model(quantize_dynamic(student.model), str(path)),
+        _load_int8,
+        LOAD_INT8,
+        "This needs the project that exported it. The file has only the weights",
+        rounded=True,
     ),
 }
 
@@ -130,24 +168,30 @@ def export_student(name: str, student: Exportable, format: str, folder: Path) ->
     Raises UserError if it cannot be exported, or if the outputs of the export differ.
     """
     kind = FORMATS[format]
+    if kind.rounded and student.untrained is None:
+        raise UserError(f"{format} is for image classifiers: pass another --format; texts have NLP/scripts/export.py")
     with writing_folder(folder) as partial:
         try:
             kind.write(student, partial / kind.file)
         except Exception as error:  # the exporters raise many types for a model that they cannot trace
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"{name} cannot be exported as {format} ({type(error).__name__}: {reason})") from error
-        found = compare(name, student, kind.load(partial / kind.file))
+        tolerance = student.tolerance + (rounding_bound(student.model) if kind.rounded else 0)
+        found = compare(name, student, kind.load(student, partial / kind.file), tolerance)
         student.write_files(partial)
         record = {
             "student": name,
             "format": format,
-            "tolerance": student.tolerance,
+            "tolerance": tolerance if math.isfinite(tolerance) else None,
             "checks": [asdict(check) for check in found],
             "command": ["python", "-m", "kd.common.export", *command()[2:]],
             "environment": environment("fp32", "cpu") | {"onnxruntime": onnxruntime.__version__},
         }
         write_json(partial / RECORD, record)
-        write_text(partial / "README.md", _readme(record, student, found, folder))
+        byte_counts = _bytes(student, kind)
+        write_text(partial / "README.md", _readme(record, student, found, byte_counts, folder))
+    if byte_counts:
+        print_rich(*byte_counts, title="bytes of the parts")
     print_rich(*_check_table(found, student.output), title=f"{name}, exported", below=f"export: {folder}")
 
 
@@ -189,7 +233,7 @@ class Check:
 
 
 @torch.no_grad()
-def compare(name: str, student: Exportable, exported: Callable[..., Tensor]) -> list[Check]:
+def compare(name: str, student: Exportable, exported: Callable[..., Tensor], tolerance: float) -> list[Check]:
     """Compares an export with its student. Raises UserError if outputs differ by more than the tolerance."""
     found, differences = [], []
     for inputs in student.test_inputs:
@@ -197,7 +241,7 @@ def compare(name: str, student: Exportable, exported: Callable[..., Tensor]) -> 
         differences.append(max_abs_difference(expected.numpy(), exported(**inputs).numpy()))
         shapes = {key: list(value.shape) for key, value in inputs.items()}
         found.append(Check(shapes, list(expected.shape), float(differences[-1].max())))
-    check_equal(name, np.concatenate(differences), "rows", student.tolerance, share_of_ties(student.model))
+    check_equal(name, np.concatenate(differences), "rows", tolerance, share_of_ties(student.model))
     return found
 
 
@@ -225,7 +269,14 @@ def check_equal(
         )
 
 
-def _check_table(found: list[Check], output: str) -> tuple[list[str], list[list[str]]]:
+def _bytes(student: Exportable, kind: Format) -> Table | None:
+    """The bytes of the parts of a student with a bottleneck, before and after its weights are rounded."""
+    if not kind.rounded:
+        return None
+    return byte_table({"student": sizes(student.model), kind.file: sizes(quantize_dynamic(student.model))})
+
+
+def _check_table(found: list[Check], output: str) -> Table:
     rows = []
     for check in found:
         cells = [_sizes(size) for size in (*check.inputs.values(), check.output)]
@@ -238,7 +289,9 @@ def _sizes(axes: list[Any]) -> str:
     return " x ".join(map(str, axes))
 
 
-def _readme(record: dict[str, Any], student: Exportable, found: list[Check], folder: Path) -> str:
+def _readme(
+    record: dict[str, Any], student: Exportable, found: list[Check], byte_counts: Table | None, folder: Path
+) -> str:
     kind, axes = FORMATS[record["format"]], axes_by_input(student.inputs, student.axes)
     inputs = [
         [
@@ -248,18 +301,20 @@ def _readme(record: dict[str, Any], student: Exportable, found: list[Check], fol
         ]
         for name, value in student.inputs.items()
     ]
-    share = share_of_ties(student.model)
+    share, tolerance = share_of_ties(student.model), record["tolerance"]
     ties = f", except for up to {share:.1%} of the rows, where two keys are equally near" if share else ""
+    allowed = f"the tolerance is {tolerance:.3g}{ties}" if tolerance else "int8 layers have no tolerance"
     sections = [
         f"# {record['student']}, exported",
         f"Inputs of `{kind.file}`, in this order:",
         markdown(["input", "type", "size"], inputs),
         f"It returns `{student.output}`. It was loaded and compared with the student on inputs of these shapes; "
-        f"the tolerance is {student.tolerance:g}{ties}.",
+        f"{allowed}.",
         markdown(*_check_table(found, student.output)),
+        *([markdown(*byte_counts)] if byte_counts else []),
         "## Load it",
-        f"```python\n{kind.code.format(folder=folder, file=kind.file)}\n```",
-        f"This does not need the project that exported it. {kind.note.format(**record['environment'])}.",
+        f"```python\n{kind.code.format(folder=folder, file=kind.file, untrained=student.untrained)}\n```",
+        f"{kind.note.format(**record['environment'])}.",
         "## Use it",
         f"```python\n{student.usage.strip()}\n```",
         "## How it was exported",

@@ -6,6 +6,7 @@ torchao is slower than fp32 without a compiler.
 """
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def quantize_dynamic(model: nn.Module) -> Any:
             if type(child) in INT8:
                 setattr(module, name, INT8[type(child)](child))
     return model
+
+
+def rounding_bound(model: nn.Module) -> float:
+    """Largest change of an output of `model` by `quantize_dynamic`: half a step of the values of each codebook,
+    averaged over the codebooks. It is infinite if anything but the values of a mean decoder becomes int8.
+    """
+    rounded: list[Any] = [module for module in model.modules() if type(module) in INT8]
+    if len(rounded) != 1 or getattr(rounded[0], "decoder", model) is not None:
+        return math.inf
+    return float(rounded[0].values.detach().abs().amax((1, 2)).mean()) / 254
 
 
 def load_int8(model: nn.Module, path: str | Path) -> Any:

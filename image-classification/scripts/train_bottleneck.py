@@ -2,11 +2,13 @@
 
     python image-classification/scripts/train_bottleneck.py
     python image-classification/scripts/train_bottleneck.py --dataset mnist
+    python image-classification/scripts/train_bottleneck.py --dataset mnist --values counted
     python image-classification/scripts/train_bottleneck.py --dataset mnist --encoder FOLDER --image_size 32
 
 In the report, `student` is the bottleneck and `control` a linear probe, both trained class by class. `teacher` is the
-same bottleneck trained i.i.d. on all classes, with as many passes over the images. FOLDER is a run of train_teacher.py
-on another dataset, because an encoder trained on this one has seen the labels of all classes.
+same bottleneck trained i.i.d. on all classes, with as many passes over the images. With counted values both are equal,
+because the order has no effect. FOLDER is a run of train_teacher.py on another dataset, because an encoder trained on
+this one has seen the labels of all classes.
 """
 
 from kd.common.cli import parse, run, show_help

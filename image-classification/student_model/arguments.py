@@ -238,6 +238,9 @@ class IncrementalArguments(CodebookArguments):
     codebooks: Count = 64
     codebook_size: CodebookSize = 256
     key_dim: Count | None = 32
+    values: Literal["trained", "counted"] = field(
+        default="trained", metadata={"help": "Trained, or counts of labels."}
+    )
     classes_per_task: Count = field(default=1, metadata={"help": "Number of classes per task."})
     order_seed: Seed | None = field(
         default=None, metadata={"help": "Random seed for the order of the classes (default: --seed)."}
@@ -249,9 +252,13 @@ class IncrementalArguments(CodebookArguments):
     epochs_per_task: Count = field(default=5, metadata={"help": "Number of epochs on the images of each task."})
     batch_size: Count = field(default=64, metadata={"help": "Number of images per step."})
 
+    def check_unused_flags(self) -> None:
+        if self.values == "counted":
+            reject_unused("--values counted counts labels in one pass", self, "value_learning_rate")
+
     @property
-    def bottleneck(self) -> dict[str, int | None]:
-        return {"codebooks": self.codebooks, "codebook_size": self.codebook_size, "key_dim": self.key_dim}
+    def bottleneck(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("codebooks", "codebook_size", "key_dim", "values")}
 
 
 @dataclass

@@ -119,7 +119,8 @@ class BottleneckProbeConfig(FrozenEncoderConfig):
     encoder_config: configuration of the ImageClassifier whose pooled features are the embedding; None if the pixels
         are the embedding.
     image_size, mean, std: as in ImageClassifierConfig.
-    bottleneck: codebooks, codebook_size and key_dim of the `DiscreteKeyValueBottleneck`; None for a linear head.
+    bottleneck: codebooks, codebook_size, key_dim and values of the `DiscreteKeyValueBottleneck`; None for a linear
+        head.
     """
 
     model_type = "bottleneck_probe"
@@ -163,7 +164,7 @@ class BottleneckProbe(FrozenEncoderModel):
 
     @classmethod
     def from_encoder(
-        cls, encoder: ImageClassifier | None, data: ImageData, bottleneck: dict[str, int | None] | None
+        cls, encoder: ImageClassifier | None, data: ImageData, bottleneck: dict[str, Any] | None
     ) -> "BottleneckProbe":
         """An untrained head for the classes of `data`, after a copy of the encoder or (None) after the pixels."""
         encoder_config = encoder.config if encoder is not None else None
@@ -179,6 +180,11 @@ class BottleneckProbe(FrozenEncoderModel):
     def bottleneck(self) -> DiscreteKeyValueBottleneck:
         assert isinstance(self.head, DiscreteKeyValueBottleneck), "the head is linear"
         return self.head
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the head is a bottleneck with counted values."""
+        return isinstance(self.head, DiscreteKeyValueBottleneck) and self.head.label_counts is not None
 
     @torch.no_grad()
     def embed(self, pixel_values: Tensor) -> Tensor:

@@ -28,6 +28,10 @@ RESIZE = """image = image.resize(({size}, {size}), Image.Resampling.BILINEAR)"""
 CROP = """size = [{shorter} * side // min(image.size) for side in image.size]
 left, top = (round((side - {size}) / 2) for side in size)
 image = image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + {size}, top + {size}))"""
+UNTRAINED = """from transformers import AutoConfig, AutoModelForImageClassification
+from kd.image_classification.student_model import bottleneck  # registers the classifiers of this project
+
+network = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder))"""
 
 
 def load(name: str, task: str | None) -> Exportable:
@@ -49,6 +53,7 @@ def load(name: str, task: str | None) -> Exportable:
         axes={0: "batch"},
         usage=USAGE.format(fit=_fit(processor, size)),
         write_files=write,
+        untrained=UNTRAINED,
     )
 
 

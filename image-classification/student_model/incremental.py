@@ -3,11 +3,13 @@
 The protocol of Traeuble et al., "Discrete Key-Value Bottleneck", ICML 2023 (arXiv:2207.11240): the keys are fitted to
 images without labels and frozen. Then only the values are trained, by SGD with the cross-entropy over all classes,
 without task ids or masks. An image updates only the values that it fetches, so later tasks change few values of
-earlier classes. The control is a linear probe, in which every image updates every weight.
+earlier classes. The control is a linear probe, in which every image updates every weight. Counted values are not
+trained: each task adds its labels to the counts, so that the order of the classes has no effect at all.
 """
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -66,7 +68,7 @@ class HeadInputs:
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """An untrained head, its name in the report, its data, tasks and learning rate."""
+    """An untrained head, its name in the report, its data, tasks and learning rate (unless it counts)."""
 
     name: str
     untrained: BottleneckProbe
@@ -124,10 +126,15 @@ def fitted_bottleneck(
 def trained_head(
     run: Run, data: ImageData, stage: str, head: HeadTraining, args: IncrementalArguments
 ) -> BottleneckProbe:
-    """Trains a head on its tasks and adds its history to that of the run, or loads the stage if it is finished."""
+    """Trains a head on its tasks, or counts their labels, and adds its history to that of the run. Loads the stage if
+    it is finished.
+    """
 
     def train() -> BottleneckProbe:
-        model, run.history[stage] = train_head(head, args.epochs_per_task, args.batch_size, run.args.seed)
+        if head.untrained.is_counted:
+            model, run.history[stage] = count_head(head)
+        else:
+            model, run.history[stage] = train_head(head, args.epochs_per_task, args.batch_size, run.args.seed)
         return model
 
     return run.stage(stage, train, read_stage, image_processor(data))
@@ -147,10 +154,9 @@ def train_head(head: HeadTraining, epochs: int, batch_size: int, seed: int) -> t
     generator, samples_seen = torch.Generator().manual_seed(seed), 0
     history: History = []
     progress = tqdm(total=len(head.tasks) * epochs, desc=f"training {head.name}", leave=False)
-    for task, classes_seen in zip(head.tasks, accumulate(head.tasks), strict=True):
-        task_rows = torch.isin(labels, torch.tensor(task)).nonzero().flatten()
+    for of_task, classes_seen in _rows_of_tasks(head):
         for _ in range(epochs):
-            rows = task_rows[torch.randperm(len(task_rows), generator=generator)]
+            rows = of_task[torch.randperm(len(of_task), generator=generator)]
             loss = _train_epoch(model, samples, rows.split(batch_size), optimizer)
             if not math.isfinite(loss):
                 raise UserError(
@@ -160,10 +166,37 @@ def train_head(head: HeadTraining, epochs: int, batch_size: int, seed: int) -> t
             entry = {"epoch": samples_seen / len(labels), "loss": loss, "classes_seen": len(classes_seen)}
             history.append(entry | {"eval_accuracy": accuracy(model, samples, samples.selection)})
             progress.update()
-        for name, classes in (("classes seen", classes_seen), ("all classes", None)):
-            history[-1][name] = accuracy(model, samples, samples.report, classes)
+        history[-1] |= _accuracy_after_task(model, samples, classes_seen)
     progress.close()
     return model, history
+
+
+def count_head(head: HeadTraining) -> tuple[BottleneckProbe, History]:
+    """Counts the labels of one task after another in a copy of `head.untrained`. The history has an entry for each
+    task, as that of `train_head` but without a loss.
+    """
+    model, samples, labels = copy.deepcopy(head.untrained), head.samples, head.samples.labels["train"]
+    model.to(best_device())  # type: ignore[arg-type]
+    history: History = []
+    counted = 0
+    for rows, classes_seen in _rows_of_tasks(head):
+        model.bottleneck.add(samples.inputs["train"][rows].to(model.device), labels[rows].to(model.device))
+        counted += len(rows)
+        entry = {"epoch": counted / len(labels), "classes_seen": len(classes_seen)}
+        entry["eval_accuracy"] = accuracy(model, samples, samples.selection)
+        history.append(entry | _accuracy_after_task(model, samples, classes_seen))
+    return model, history
+
+
+def _rows_of_tasks(head: HeadTraining) -> Iterator[tuple[Tensor, list[int]]]:
+    """The training rows of each task, and the classes seen with it."""
+    for task, classes_seen in zip(head.tasks, accumulate(head.tasks), strict=True):
+        yield torch.isin(head.samples.labels["train"], torch.tensor(task)).nonzero().flatten(), classes_seen
+
+
+def _accuracy_after_task(model: BottleneckProbe, samples: HeadInputs, classes_seen: list[int]) -> dict[str, float]:
+    classes = {"classes seen": classes_seen, "all classes": None}
+    return {name: accuracy(model, samples, samples.report, chosen) for name, chosen in classes.items()}
 
 
 def _train_epoch(

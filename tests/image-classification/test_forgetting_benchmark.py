@@ -20,3 +20,15 @@ def test_subtraction_equals_retraining(tmp_path):
     assert {record["shots"] for record in found["added"]} == {0, 1, 5, 20}
     tables = (tmp_path / "out.md").read_text()
     assert tables.count("\n| ") > 30 and "nan" not in tables
+
+
+def test_the_part_is_a_class_of_a_domain(tmp_path):
+    (tmp_path / "domains.json").write_text(json.dumps({pair: list(pair) for pair in ("01", "23", "45", "67", "89")}))
+    run_script("benchmarks/forgetting.py", "--dataset", "digits", "--images", 300, "--codebooks", 4, "--key_dim", 6,
+               "--codebook_size", 8, "--seeds", 1, "--domains", tmp_path / "domains.json", "--cache", tmp_path,
+               "--output", tmp_path / "out.json")  # fmt: skip
+    found = json.loads((tmp_path / "out.json").read_text())["forgotten"]
+    parts = {(record["head"], record["way"]): record for record in found if record["scenario"] == "part"}
+    deleted, subtracted = parts["linear", "delete row"], parts["counted values", "subtract"]
+    assert deleted["found"]["rest"] < deleted["retrained"]["rest"] - 0.05  # the row is that of another class, too
+    assert subtracted["found"] == subtracted["retrained"]

@@ -57,6 +57,14 @@ def small(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def counted(tmp_path_factory) -> Path:
+    """A finished run with counted values."""
+    folder = tmp_path_factory.mktemp("runs") / "counted"
+    script(*SMALL_FLAGS, "--values", "counted", "--epochs_per_task", 1, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def digits() -> SmallImageData:
     data = load_image_data("digits")
     assert isinstance(data, SmallImageData)
@@ -118,6 +126,31 @@ def test_accuracy_after_each_task_ends_in_the_final_accuracy(finished):
 def test_a_run_writes_its_files(finished):
     for name in ("recipe.yaml", "report.md", "curves.png", "forgetting.png", "student/preprocessor_config.json"):
         assert (finished / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("words", [["--order_seed", 3], ["--classes_per_task", 4]])
+def test_counted_values_do_not_depend_on_the_order_of_classes(counted, tmp_path, words):
+    one_by_one, at_once = weights(counted / "student"), weights(counted / "stages" / "teacher")
+    assert all(torch.equal(one_by_one[name], at_once[name]) for name in at_once)
+    script(*SMALL_FLAGS, "--values", "counted", "--epochs_per_task", 1, *words, "--output_dir", tmp_path / "run")
+    other = weights(tmp_path / "run" / "student")
+    assert all(torch.equal(one_by_one[name], other[name]) for name in other)
+
+
+def test_counted_values_are_compared_with_the_probe(counted, small, digits):
+    found, counts = results(counted), weights(counted / "student")["head.label_counts"]
+    validate(found)
+    assert torch.equal(counts.sum(1), torch.bincount(digits.splits["train"].labels).int().expand(8, -1))
+    assert found["accuracy"]["bottleneck, class by class"] == found["accuracy"]["bottleneck, i.i.d."]
+    assert found["retention"] == 1.0 and found["gain_over_control"] > 0.3
+    assert found["accuracy"]["bottleneck, class by class"]["test"] > 0.8
+    assert list(found["accuracy_of_classes_seen"]["bottleneck, class by class"]) == [str(n) for n in range(1, 11)]
+
+
+def test_a_counted_student_forgets(counted, tmp_path):
+    forget = "image-classification/scripts/forget.py", counted, "--classes", "3", "--output_dir", tmp_path / "less"
+    run_script(*forget)
+    assert not weights(tmp_path / "less")["head.label_counts"][..., 3].any()
 
 
 # ---- which weights training changes ----
@@ -275,6 +308,7 @@ def error_of(capsys, *words: object) -> str:
         (["--codebook_size", 70000], "--codebook_size must be between 1 and 65536"),
         (["--classes_per_task", 0], "--classes_per_task must be at least 1"),
         (["--classes_per_task", 11], "--classes_per_task must be at most the 10 classes of digits"),
+        (["--values", "counted", "--value_learning_rate", 3], "--values counted counts labels in one pass"),
         (["--value_learning_rate", -1], "--value_learning_rate must be above 0"),
         (["--codeboks", 3], "unknown flag --codeboks; did you mean --codebooks?"),
     ],
