@@ -12,7 +12,7 @@ from kd.common.utils.devices import autocast, best_device, resolve_precision
 from kd.nlp.student_model.layers import disable_dropout, load_encoder
 from kd.nlp.student_model.pooling import pool
 
-RATES = 1e-5, 1e-4, 1e-3  # of AdamW
+RATES = 1e-7, 1e-6, 1e-5, 1e-4  # of AdamW
 PREDICTED = 256  # texts in a batch of predictions
 
 
