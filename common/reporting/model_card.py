@@ -60,6 +60,7 @@ class Card:
         started from, if any, then its teachers.
     licence: Their licence, if no card of theirs states one.
     tags: More tags.
+    training: How the student was trained, in a few words; by default from the results.
     """
 
     usage: str
@@ -69,6 +70,7 @@ class Card:
     origins: list[str] = field(default_factory=list)
     licence: str | None = None
     tags: list[str] = field(default_factory=list)
+    training: str | None = None
 
 
 def save_student(
@@ -93,6 +95,7 @@ def model_card(results: Results, card: Card) -> str:
     training = f"distilled{source} with the method {code(results['method'])}"
     if results.get("labels_only"):
         training = "trained on the labels alone, as a control of distillation"
+    training = card.training or training
     sections = [
         f"---\n{metadata(results, card, licences)}\n---",
         f"# {escaped(results['task'])}: {escaped(results['method'])}",

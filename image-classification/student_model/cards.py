@@ -6,6 +6,7 @@ from kd.common.data.sources import hub_dataset
 from kd.common.reporting.model_card import Card
 from kd.common.training.run import Run
 from kd.image_classification.data.sources import KNOWN
+from kd.image_classification.student_model.arguments import PIXELS
 from kd.image_classification.teacher_model.backbones.names import PRETRAINED, TIMM, is_factory
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import HUB_NAME, IMAGENET_CLASSES, trained_folder
@@ -20,6 +21,9 @@ processor = AutoImageProcessor.from_pretrained(folder)
 model = ImageClassifier.from_pretrained(folder).eval()
 logits = model(**processor(Image.open("image.png").convert("RGB"), return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
+PROBE_USAGE = USAGE.replace("teacher_model.classifier", "student_model.bottleneck").replace(
+    "ImageClassifier", "BottleneckProbe"
+)
 TIMM_USAGE = f"""import json
 
 import timm
@@ -60,6 +64,18 @@ def card_of(run: Run, student: ImageClassifier, labels_only: bool) -> Card:
         dataset=hub_dataset(run.argument("dataset"), KNOWN),
         origins=origins,
         licence=licence,
+    )
+
+
+def card_of_probe(run: Run) -> Card:
+    """The card of a head on a frozen encoder, trained on one task after another."""
+    encoder = str(run.argument("encoder"))
+    return Card(
+        PROBE_USAGE,
+        pipeline_tag="image-classification",
+        dataset=hub_dataset(run.argument("dataset"), KNOWN),
+        origins=[] if encoder == PIXELS else [encoder],
+        training="trained on the labels of one task after another, with a frozen encoder and frozen keys",
     )
 
 

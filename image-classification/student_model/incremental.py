@@ -26,15 +26,14 @@ from tqdm.auto import tqdm
 from kd.common.bottleneck.training import embed_samples
 from kd.common.pretrained import stage_loader
 from kd.common.reporting.plots import OTHER_STYLES, PAPER, STYLES, save_figure
-from kd.common.reporting.report import write_report
 from kd.common.training.inference import identity_collate
 from kd.common.training.run import Run
 from kd.common.utils.devices import best_device
 from kd.common.utils.errors import UserError
-from kd.common.utils.files import writing_folder
 from kd.image_classification.data.image_data import ImageData
 from kd.image_classification.student_model.arguments import IncrementalArguments
 from kd.image_classification.student_model.bottleneck import BottleneckProbe
+from kd.image_classification.student_model.cards import card_of_probe
 from kd.image_classification.student_model.evaluation import evaluate, image_processor, measure
 from kd.image_classification.teacher_model.classifier import ImageClassifier
 
@@ -232,15 +231,11 @@ def report(
     run: Run, method: str, data: ImageData, heads: dict[str, HeadTraining], models: dict[str, BottleneckProbe]
 ) -> None:
     """Writes the student, results, curves and the plot of a run, and prints the results."""
-    with writing_folder(run.folder / "student") as student:
-        models["student"].save_pretrained(student)
-        image_processor(data).save_pretrained(student)
     results = incremental_results(run, method, data, heads, models)
     plot_forgetting(run.folder / "forgetting.png", results)
-    write_report(run.folder, results, {stage: run.history[stage] for stage in heads})
     for name, scores in results["accuracy"].items():
         print(f"{name}: {', '.join(f'{split} accuracy {score:.4f}' for split, score in scores.items())}")
-    run.show(results)
+    run.finish(results, models["student"], card_of_probe(run), image_processor(data))
     print(f"plot:    {run.folder / 'forgetting.png'}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import BertConfig
 
@@ -29,6 +30,7 @@ from kd.image_classification.student_model.incremental import (
 from kd.image_classification.teacher_model.classifier import ImageClassifier, new_classifier
 from kd_testing.evaluations import check_evaluation
 from kd_testing.processes import run_code
+from kd_testing.readmes import code_of
 from kd_testing.scripts import run_script
 
 pytestmark = pytest.mark.usefixtures("digits_once")
@@ -84,6 +86,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_evaluate_repeats_the_metrics_of_a_run(small, tmp_path):
     check_evaluation(small, tmp_path, script="image-classification/scripts/evaluate.py")
+
+
+def test_several_seeds_have_one_report_and_a_student_with_a_card(tmp_path, monkeypatch, capsys):
+    script(*SMALL_FLAGS, "--seeds", 0, 1, "--max_train_samples", 200, "--output_dir", tmp_path / "run")
+    found = results(tmp_path / "run")
+    scores = [results(tmp_path / "run" / f"seed{seed}")["models"]["student"]["metrics"] for seed in (0, 1)]
+    mean = np.mean([score["test"]["accuracy"] for score in scores])
+    assert found["models"]["student"]["metrics"]["test"]["accuracy"] == pytest.approx(mean)
+    card = (tmp_path / "run" / "student" / "README.md").read_text()
+    assert "one task after another" in card and "over the seeds 0, 1" in card
+    monkeypatch.chdir(tmp_path / "run")
+    Image.new("L", (8, 8)).save("image.png")
+    capsys.readouterr()
+    exec(code_of(tmp_path / "run" / "student"), {})
+    assert capsys.readouterr().out.strip() in [str(digit) for digit in range(10)]
 
 
 def test_the_probe_forgets_and_the_bottleneck_does_not(finished):
