@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from embeddings import Source, tokenized
 from heads import Head, Rows, step
-from stream_heads import Learner
+from stream_heads import Learner, Replay, Sizes
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -66,9 +66,16 @@ class TunedEncoder(Head):
         return torch.empty_like(logits).index_copy(0, order, logits)
 
 
-TUNED_ENCODER = Learner(
-    "fine-tuned encoder",
-    lambda sizes, rate: TunedEncoder(sizes.encoder, sizes.classes, rate),
-    RATES,
-    end_to_end=True,
-)
+def tuned(sizes: Sizes, rate: float) -> Head:
+    return TunedEncoder(sizes.encoder, sizes.classes, rate)
+
+
+TUNED_ENCODERS = [
+    Learner("fine-tuned encoder", tuned, RATES, end_to_end=True),
+    Learner(
+        "fine-tuned encoder, replay of 1 %",
+        lambda sizes, rate: Replay(tuned(sizes, rate), sizes.examples // 100),
+        RATES,
+        end_to_end=True,
+    ),
+]

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from heads import Head, Rows
 from stream_data import Stream, forgetting, load
-from stream_encoder import TUNED_ENCODER, token_ids
+from stream_encoder import TUNED_ENCODERS, token_ids
 from stream_heads import COUNTED, LEARNERS, LINEAR_DECODER, PROBE, TRAINED, Learner, Sizes
 from stream_keys import Keys, bottleneck_with, nearest
 from stream_table import table_of
@@ -98,7 +98,7 @@ def comparisons(args: Namespace) -> Iterator[tuple[Keys, Learner]]:
         return
     by_name = {learner.name: learner for learner in LEARNERS}
     if args.study == "encoder":
-        yield from ((usual, learner) for learner in (by_name[PROBE], by_name[COUNTED], TUNED_ENCODER))
+        yield from ((usual, learner) for learner in (by_name[PROBE], by_name[COUNTED], *TUNED_ENCODERS))
         return
     names = "first group", *(["foreign"] if args.foreign else []), "random"
     sources = [replace(usual, source=name) for name in names]

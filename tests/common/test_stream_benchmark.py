@@ -188,7 +188,7 @@ def test_runs_of_carried_keys_and_with_an_encoder_in_the_stream(texts, tmp_path)
     assert all(table.count(f"8 keys, 1 selected, {keys} ") == 2 for keys in ("stream", "first group", "random"))
     run_script("benchmarks/streams.py", *words, "--study", "encoder")
     found = json.loads((tmp_path / "found.json").read_text())["records"]
-    assert len(found) == 2 * 3 and len({record["head"] for record in found}) == 3
+    assert len(found) == 2 * 4 and len({record["head"] for record in found}) == 4
     assert {record["setting"] for record in found if "encoder" in record["head"]} <= {1e-7, 1e-6, 1e-5, 1e-4}
 
 
