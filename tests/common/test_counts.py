@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.naive_bayes import CategoricalNB
 
-from kd.common.bottleneck.changes import add_examples
+from kd.common.bottleneck.changes import SavedStudent, add_examples
 from kd.common.bottleneck.counts import count_labels
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import CodeDataset, add_samples
@@ -171,10 +171,11 @@ def test_cached_codes_are_added_in_batches():
 def test_added_samples_of_a_new_class_are_counted_without_their_padding():
     codes, labels = examples(6)
     ragged = [row.repeat(1 + i % 3, 1).to(torch.uint16) for i, row in enumerate(codes)]
-    model = SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate("abcde"))))
-    bottleneck = counted()
+    model = torch.nn.Module()
+    model.bottleneck = bottleneck = counted()
+    model.config = SimpleNamespace(id2label=dict(enumerate("abcde")))
     samples = CodeDataset(ragged, torch.tensor([0, 0, 0, 1, 1, 1]), torch.arange(6))
-    add_examples(model, bottleneck, samples, ["new", "a"])
+    add_examples(SavedStudent("student", model, None), samples, ["new", "a"])
     assert list(model.config.id2label.values()) == [*"abcde", "new"] and model.config.label2id["new"] == 5
     assert bottleneck.label_counts is not None
     per_class = bottleneck.label_counts.sum((0, 1)) // CODEBOOKS
