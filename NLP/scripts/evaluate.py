@@ -30,27 +30,24 @@ from kd.common.reporting.saved_models import (
     show_metrics,
     write_predictions,
 )
-from kd.nlp.data.loading import Texts
-from kd.nlp.student_model.evaluation import evaluate, load_data_of, prediction_columns
+from kd.nlp.student_model.evaluation import evaluate_classifier
 from kd.nlp.student_model.generative_evaluation import evaluate_generative, is_generative
 from kd.nlp.student_model.sentence_evaluation import evaluate_pairs, is_sentence_encoder
-from kd.nlp.teacher_model.teacher import load_trained
+from kd.nlp.teacher_model.teacher import read_config
 
 
 def main() -> None:
     args = parse_with_recipe(PARSER, DATA_ARGUMENTS)
     model = saved_model(args.model)
-    if is_sentence_encoder(model) or is_generative(model):
-        evaluate_model = evaluate_pairs if is_sentence_encoder(model) else evaluate_generative
-        entry, predictions = evaluate_model(model, args)
-        show_metrics(model, entry, args.json)
-        return write_predictions(args.predictions, predictions)
-    data = load_data_of(model, args)
-    classifier = load_trained(model, data)
-    texts = Texts.of(data, classifier.tokenizer)
-    entry, logits = evaluate(model, classifier.model, texts)
+    config = read_config(model)
+    if is_sentence_encoder(config):
+        entry, predictions = evaluate_pairs(model, args)
+    elif is_generative(config):
+        entry, predictions = evaluate_generative(model, args)
+    else:
+        entry, predictions = evaluate_classifier(model, args)
     show_metrics(model, entry, args.json)
-    write_predictions(args.predictions, prediction_columns(texts, logits))
+    write_predictions(args.predictions, predictions)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python NLP/scripts/forget.py STUDENT --examples forget.csv --output_dir forgotten
 
 STUDENT is a run or a folder. With counted values (distill_bottleneck.py --values counted --decoder mean), the values
-are then those of a student that was never given these texts; the file has their labels, too. Trained values only
+are then those of a student that never counted these texts; the file has their labels, too. Trained values only
 stop predicting a class. Keys and encoder do not change. evaluate.py evaluates the result.
 """
 

@@ -27,7 +27,7 @@ from kd.nlp.student_model.bottleneck_classifier import BottleneckClassifier  # r
 from kd.nlp.student_model.cards import card_of, pipeline_tag, usage_of
 from kd.nlp.student_model.inputs import Inputs
 from kd.nlp.student_model.words import word_logits
-from kd.nlp.teacher_model.teacher import labels_of
+from kd.nlp.teacher_model.teacher import labels_of, load_trained
 
 Logits = dict[str, np.ndarray]  # (texts, classes) by split
 Evaluation = tuple[dict[str, Any], Logits]  # an entry of results.json, and the logits
@@ -256,6 +256,15 @@ def load_data_of(model: str, args: Namespace) -> TextData:
     )
     print_notes(data.name, data.notes)
     return data
+
+
+def evaluate_classifier(name: str, args: Namespace) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The entry of the classifier NAME for the data that the flags name, and the columns of `write_predictions`."""
+    data = load_data_of(name, args)
+    classifier = load_trained(name, data)
+    texts = Texts.of(data, classifier.tokenizer)
+    entry, logits = evaluate(name, classifier.model, texts)
+    return entry, prediction_columns(texts, logits)
 
 
 def prediction_columns(texts: Texts, logits: Logits) -> dict[str, dict[str, Any]]:

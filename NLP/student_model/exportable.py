@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -33,7 +32,7 @@ from kd.nlp.data.intents import load_intents
 from kd.nlp.student_model import bottleneck_classifier  # noqa: F401 - registers the architecture with AutoModel...
 from kd.nlp.student_model.sentence_encoder import SentenceEncoder, load_sentence_encoder
 from kd.nlp.student_model.sentence_evaluation import is_sentence_encoder
-from kd.nlp.teacher_model.teacher import MULTI_LABEL, encoder_of, is_tagger
+from kd.nlp.teacher_model.teacher import MULTI_LABEL, architecture_of, encoder_of, is_tagger, read_config
 
 CLASSIFY = """import json
 
@@ -86,17 +85,18 @@ print(tokenizer.decode(ids, skip_special_tokens=True))"""
 
 def load(name: str, task: str | None) -> Exportable:
     """Loads the student in a folder or on the Hub; `task` is not used. Raises UserError if there is none."""
-    if is_sentence_encoder(name):
+    config = read_config(name)
+    if is_sentence_encoder(config):
         return _sentence_encoder(load_sentence_encoder(name))
+    kind, describe = _kind(name, config)
     with reading(name, "a text model"):
-        kind, describe = _kind(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
         model, tokenizer = load_model(kind, name), load_tokenizer(AutoTokenizer, name)
     return describe(model.eval(), tokenizer)
 
 
 def _kind(name: str, config: Any) -> tuple[Any, Callable[[PreTrainedModel, PreTrainedTokenizerBase], Exportable]]:
     """Returns the class that loads a student, and the function that makes it exportable."""
-    architecture = (config.architectures or [""])[0]
+    architecture = architecture_of(config)
     if is_tagger(config):
         return AutoModelForTokenClassification, _classifier
     if "Classif" in architecture:

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 
 from kd.common.data.sources import print_notes
 from kd.common.reporting.results import read_recipe
-from kd.common.reporting.saved_models import Columns, run_of
+from kd.common.reporting.saved_models import run_of
 from kd.common.utils.errors import UserError
 from kd.nlp.data.corpora import load_corpus
 from kd.nlp.data.prompts import PromptData, load_language_data
@@ -26,7 +26,7 @@ from kd.nlp.student_model.prompts import PromptTask
 from kd.nlp.student_model.translation import TranslationTask
 from kd.nlp.teacher_model.generative import Generator, load_language_model, load_translator
 from kd.nlp.teacher_model.masked import load_masked_language_model
-from kd.nlp.teacher_model.teacher import read_config
+from kd.nlp.teacher_model.teacher import architecture_of, read_config
 
 TRANSLATORS, MASKED, CAUSAL = (
     set(mapping.values())
@@ -47,27 +47,22 @@ class Recipe(Namespace):
         return None
 
 
-def architecture_of(name: str) -> str:
-    return str((read_config(name).architectures or [""])[0])
+def is_generative(config: Any) -> bool:
+    """Whether a model is a language model, masked or causal, or a translator."""
+    return architecture_of(config) in TRANSLATORS | MASKED | CAUSAL
 
 
-def is_generative(name: str) -> bool:
-    """Whether the model NAME is a language model, masked or causal, or a translator."""
-    return architecture_of(name) in TRANSLATORS | MASKED | CAUSAL
-
-
-def evaluate_generative(name: str, args: Namespace) -> tuple[dict[str, Any], dict[str, Columns]]:
+def evaluate_generative(name: str, args: Namespace) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The entry of the model NAME for the data that the flags name, or for those of its run, and the columns of
     `write_predictions`, which are translations.
 
     Raises UserError if the model is in no run, and for flags that its kind does not have.
     """
-    recipe = recipe_of(name, args)
-    task, model = load_task(name, recipe)
+    architecture = architecture_of(read_config(name))
+    recipe = recipe_of(name, architecture, args)
+    task, model = load_task(name, architecture, recipe)
     print_notes(task.data.name, task.data.notes)
-    if not isinstance(task, TranslationTask):
-        if args.predictions:
-            raise UserError("a language model has no prediction for each row: leave out --predictions")
+    if architecture not in TRANSLATORS:
         return task.measured(name, model, recipe.per_device_eval_batch_size)[0], {}
     entry, translations, _ = task.measured(name, model)
     rows = task.data.splits
@@ -82,29 +77,29 @@ def evaluate_generative(name: str, args: Namespace) -> tuple[dict[str, Any], dic
     }
 
 
-def recipe_of(name: str, args: Namespace) -> Recipe:
+def recipe_of(name: str, architecture: str, args: Namespace) -> Recipe:
     """The arguments of the run of a model with the dataset, columns and limits of the flags."""
     if unused := [f"--{flag}" for flag in CLASSIFIER_FLAGS if getattr(args, flag)]:
-        raise UserError(f"{name} is a {architecture_of(name)}, which has no labels: leave out {', '.join(unused)}")
+        raise UserError(f"{name} is a {architecture}, which has no labels: leave out {', '.join(unused)}")
+    if args.predictions and architecture not in TRANSLATORS:
+        raise UserError("a language model has no prediction for each row: leave out --predictions")
     folder = run_of(Path(name))
     recipe = Recipe(**({} if folder is None else read_recipe(folder)))
-    if (recipe.max_length if architecture_of(name) in TRANSLATORS else recipe.block_size) is None:
+    if (recipe.max_length if architecture in TRANSLATORS else recipe.block_size) is None:
         raise UserError(
-            f"{name} is a {architecture_of(name)} outside of a run, whose recipe has the length of its blocks or "
+            f"{name} is a {architecture} outside of a run, whose recipe has the length of its blocks or "
             "sentences: pass a run of distill_gpt.py, distill_mlm.py or distill_translation.py"
         )
     if args.text_columns:
-        names = columns_of(name, args.text_columns)
-        vars(recipe).update(dict.fromkeys(COLUMNS) | names)
+        vars(recipe).update(dict.fromkeys(COLUMNS) | columns_of(architecture, args.text_columns))
     if args.dataset != recipe.dataset:
         recipe.eval_dataset = None  # of the run
     recipe.dataset, recipe.max_eval_samples = args.dataset, args.max_eval_samples
     return recipe
 
 
-def columns_of(name: str, columns: list[str]) -> dict[str, str]:
+def columns_of(architecture: str, columns: list[str]) -> dict[str, str]:
     """The columns of --text_columns by argument: texts, or prompts and completions, or sources and targets."""
-    architecture = architecture_of(name)
     possible: list[tuple[str, ...]] = [("text_column",), ("prompt_column", "completion_column")]
     if architecture in TRANSLATORS:
         possible = [("source", "target")]
@@ -117,9 +112,8 @@ def columns_of(name: str, columns: list[str]) -> dict[str, str]:
     raise UserError(f"--text_columns of a {architecture} must be {numbers}, got {len(columns)}")
 
 
-def load_task(name: str, recipe: Recipe) -> tuple[Any, PreTrainedModel]:
+def load_task(name: str, architecture: str, recipe: Recipe) -> tuple[Any, PreTrainedModel]:
     """The data of a recipe in the tokens of the model NAME, as a GenerationTask, and the model."""
-    architecture = architecture_of(name)
     limits = recipe.max_train_samples, recipe.max_eval_samples
     if architecture in TRANSLATORS:
         pairs = load_translation_data(recipe.dataset, recipe.source, recipe.target, *limits, needs_train=False)
@@ -139,10 +133,7 @@ def load_task(name: str, recipe: Recipe) -> tuple[Any, PreTrainedModel]:
 def task_of(
     kind: type[GenerationTask], recipe: Recipe, data: Any, generator: Generator
 ) -> tuple[Any, PreTrainedModel]:
-    """The task and the model, without the train split. Raises UserError if there is no other split."""
-    evaluated = {split: rows for split, rows in data.splits.items() if split != "train"}
-    if not evaluated:
-        raise UserError(f"--dataset {recipe.dataset} has no split but train: pass a file, or add a file test.*")
-    data = replace(data, splits=evaluated)
+    """The task, without the train split, and the model."""
+    data = replace(data, splits={split: rows for split, rows in data.splits.items() if split != "train"})
     splits = kind.tokenize(recipe, data, generator.tokenizer)
     return kind(recipe, data, generator.tokenizer, splits, None, None), generator.model

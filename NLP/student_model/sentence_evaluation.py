@@ -13,7 +13,7 @@ from kd.common.training.inference import NOT_INPUTS, column_array
 from kd.nlp.data.loading import TextData
 from kd.nlp.data.sentences import load_pairs, tokenize
 from kd.nlp.student_model.sentence_encoder import SentenceEncoder, load_sentence_encoder
-from kd.nlp.teacher_model.teacher import read_config
+from kd.nlp.teacher_model.teacher import architecture_of
 
 METRIC = "spearman"
 Similarities = dict[str, np.ndarray]  # (pairs,) by split
@@ -77,9 +77,9 @@ def cost_of(encoder: SentenceEncoder, pairs: TextData) -> dict[str, Any]:
 # ---- evaluation of a saved encoder ----
 
 
-def is_sentence_encoder(name: str) -> bool:
-    """Whether the model NAME has no head, such as BertModel, unlike GPT2LMHeadModel and MarianMTModel."""
-    return (read_config(name).architectures or [""])[0] in MODEL_MAPPING_NAMES.values()
+def is_sentence_encoder(config: Any) -> bool:
+    """Whether a model has no head, such as BertModel, unlike GPT2LMHeadModel and MarianMTModel."""
+    return architecture_of(config) in MODEL_MAPPING_NAMES.values()
 
 
 def evaluate_pairs(name: str, args: Namespace) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

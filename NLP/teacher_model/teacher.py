@@ -286,13 +286,18 @@ def labels_of(model: str) -> tuple[TaskType | None, list[str] | None]:
     return "token_classification" if is_tagger(config) else task, named_labels(model, config)
 
 
+def architecture_of(config: Any) -> str:
+    """The name of the class that was saved; empty if it is not known."""
+    return str((config.architectures or [""])[0])
+
+
 def is_classifier(config: Any) -> bool:
-    return (config.architectures or [""])[0].endswith(CLASSIFIERS)
+    return architecture_of(config).endswith(CLASSIFIERS)
 
 
 def is_tagger(config: Any) -> bool:
     """Whether a checkpoint classifies tokens."""
-    return (config.architectures or [""])[0].endswith(TAGGER)
+    return architecture_of(config).endswith(TAGGER)
 
 
 def named_labels(name: str, config: Any) -> list[str] | None:

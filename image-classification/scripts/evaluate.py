@@ -33,9 +33,12 @@ from kd.common.reporting.saved_models import (
 )
 from kd.common.utils.errors import UserError
 from kd.common.utils.modules import import_named
-from kd.image_classification.student_model.bottleneck import kind_of
+from kd.image_classification.student_model.bottleneck import BottleneckProbeConfig
 from kd.image_classification.student_model.evaluation import evaluate, prediction_columns
+from kd.image_classification.teacher_model.classifier import ImageClassifierConfig
 from kd.image_classification.teacher_model.teacher import load_trained, trained_config, trained_folder
+
+KINDS = ImageClassifierConfig, BottleneckProbeConfig
 
 
 def main() -> None:
@@ -47,10 +50,9 @@ def main() -> None:
     folder = trained_folder(saved_model(args.model))
     if folder is None:
         raise UserError(f"no folder {args.model}: pass the folder of a classifier or of a run")
-    kind = kind_of(folder)
-    config = trained_config(folder, kind)
+    config = trained_config(folder, KINDS)
     data_args.image_size = data_args.image_size or config.image_size
-    model, data = load_trained(folder, data_args.load(config.label_names), kind=kind)
+    model, data = load_trained(folder, data_args.load(config.label_names), kinds=KINDS)
     entry, logits = evaluate(str(folder), model, data)
     show_metrics(str(folder), entry | {"data_notes": data.notes}, args.json)
     write_predictions(args.predictions, prediction_columns(data, logits))

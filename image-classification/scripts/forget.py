@@ -4,7 +4,7 @@
     python image-classification/scripts/forget.py STUDENT --examples FOLDER --output_dir forgotten
 
 STUDENT is a run or a folder. With counted values (distill_bottleneck.py --values counted --decoder mean, or
-train_bottleneck.py --values counted), the values are then those of a student that was never given these images; FOLDER
+train_bottleneck.py --values counted), the values are then those of a student that never counted these images; FOLDER
 has them as CLASS/NAME.png. Trained values only stop predicting a class. Keys and encoder do not change.
 """
 

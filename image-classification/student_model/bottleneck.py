@@ -6,21 +6,19 @@ ICML 2023 (arXiv:2207.11240): the keys are searched after random projections, an
 averaged over the codebooks.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from kd.common.bottleneck.module import DiscreteKeyValueBottleneck
 from kd.common.bottleneck.training import FrozenEncoderConfig, FrozenEncoderModel, Samples, train_bottleneck
 from kd.common.data.fingerprints import data_fingerprint
 from kd.common.methods import labels, labels_and_soft_targets
 from kd.common.outputs import Outputs
-from kd.common.pretrained import reading
 from kd.common.training.arguments import Keys
 from kd.common.training.inference import identity_collate, run_inference
 from kd.common.training.teacher_outputs import TeacherOutputs
@@ -217,13 +215,6 @@ def _input_width(head: Any) -> int:
 
 AutoConfig.register(BottleneckProbeConfig.model_type, BottleneckProbeConfig)
 AutoModelForImageClassification.register(BottleneckProbeConfig, BottleneckProbe)
-
-
-def kind_of(folder: Path) -> type[PreTrainedModel]:
-    """The class of the saved classifier in a folder."""
-    with reading(folder, "an image classifier of this project"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return BottleneckProbe if isinstance(config, BottleneckProbeConfig) else ImageClassifier
 
 
 def load_encoder(name: str, data: ImageData) -> tuple[ImageClassifier | None, ImageData]:

@@ -12,18 +12,15 @@ from kd.image_classification.teacher_model.classifier import ImageClassifier
 from kd.image_classification.teacher_model.teacher import HUB_NAME, IMAGENET_CLASSES, trained_folder
 
 FOLDER = 'folder = "student"  # the path of this model, or huggingface_hub.snapshot_download("OWNER/NAME")'
-USAGE = f"""from kd.image_classification.teacher_model.classifier import ImageClassifier
+USAGE = f"""from kd.image_classification.{{module}} import {{kind}}
 from PIL import Image
 from transformers import AutoImageProcessor
 
 {FOLDER}
 processor = AutoImageProcessor.from_pretrained(folder)
-model = ImageClassifier.from_pretrained(folder).eval()
+model = {{kind}}.from_pretrained(folder).eval()
 logits = model(**processor(Image.open("image.png").convert("RGB"), return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
-PROBE_USAGE = USAGE.replace("teacher_model.classifier", "student_model.bottleneck").replace(
-    "ImageClassifier", "BottleneckProbe"
-)
 TIMM_USAGE = f"""import json
 
 import timm
@@ -52,11 +49,11 @@ def card_of(run: Run, student: ImageClassifier, labels_only: bool) -> Card:
     """The card of the student of a run. A network of timm with a linear head is loaded without this project."""
     config = student.config
     added = config.projector or config.bottleneck or config.network
-    usage = USAGE
+    usage = project_usage = USAGE.format(module="teacher_model.classifier", kind="ImageClassifier")
     if config.architecture.startswith(TIMM) and not added:
         usage = TIMM_USAGE.format(name=config.architecture.removeprefix(TIMM))
     elif is_factory(config.architecture) and not config.architecture.startswith(TIMM):
-        usage = f"import {config.architecture.partition(':')[0]}  # defines the network\n{USAGE}"
+        usage = f"import {config.architecture.partition(':')[0]}  # defines the network\n{project_usage}"
     origins, licence = ([], None) if labels_only else _origins(run, len(config.label_names))
     return Card(
         usage,
@@ -71,7 +68,7 @@ def card_of_probe(run: Run) -> Card:
     """The card of a head on a frozen encoder, trained on one task after another."""
     encoder = str(run.argument("encoder"))
     return Card(
-        PROBE_USAGE,
+        USAGE.format(module="student_model.bottleneck", kind="BottleneckProbe"),
         pipeline_tag="image-classification",
         dataset=hub_dataset(run.argument("dataset"), KNOWN),
         origins=[] if encoder == PIXELS else [encoder],

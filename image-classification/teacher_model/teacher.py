@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, set_seed
 
 from kd.common.data.sources import print_notes, shorten
 from kd.common.pretrained import load_model, reading
@@ -22,6 +22,7 @@ from kd.image_classification.teacher_model.timm_weights import pretrained_classi
 IMAGENET_CLASSES = 1000  # in the order of their WordNet ids
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 ANY = Normalization()
+Kinds = tuple[type[PreTrainedConfig], ...]  # configurations of classifiers
 FILE_ADVICE = (
     "pass --teacher FILE --teacher_architecture NAME with the network of these weights (resnet32x4, wrn_40_2, "
     "timm:NAME, package.module:factory) and, if they are known, --teacher_mean and --teacher_std of its training and "
@@ -126,18 +127,18 @@ def trained_folder(name: str) -> Path | None:
 
 
 def load_trained(
-    folder: Path, data: ImageData, any_labels: bool = False, kind: type[PreTrainedModel] = ImageClassifier
+    folder: Path, data: ImageData, any_labels: bool = False, kinds: Kinds = (ImageClassifierConfig,)
 ) -> tuple[Any, ImageData]:
     """Loads the classifier of a folder. Returns it with the data in its normalization.
 
     Its labels may be in another order. Raises UserError for another kind of model, another image size and, unless
     `any_labels`, other labels.
     """
-    config = trained_config(folder, kind)
+    config = trained_config(folder, kinds)
     order, notes = (None, []) if any_labels else label_order(str(folder), config.label_names, data)
     data = in_normalization_of(config, folder, data)
     with reading(folder, "an image classifier of this project"):
-        model = load_model(kind, folder)
+        model = load_model(AutoModelForImageClassification, folder)
     if order is not None:
         reorder(str(folder), model, order, data)
     return model, replace(data, notes=[*data.notes, *notes])
@@ -155,10 +156,10 @@ def in_normalization_of(config: Any, folder: Path | str, data: ImageData) -> Ima
     return replace(data, mean=config.mean or data.mean, std=config.std or data.std)
 
 
-def trained_config(folder: Path, kind: type[PreTrainedModel] = ImageClassifier) -> Any:
-    """The configuration of a classifier's folder. Raises UserError for another kind of model."""
+def trained_config(folder: Path, kinds: Kinds = (ImageClassifierConfig,)) -> Any:
+    """The configuration of a classifier's folder. Raises UserError if it is of none of the `kinds`."""
     with reading(folder, "an image classifier of this project"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if type(config) is not kind.config_class:
+    if not isinstance(config, kinds):
         raise UserError(f"{folder} holds a {config.model_type}, not an image classifier of this project")
     return config
